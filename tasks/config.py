@@ -1,0 +1,192 @@
+"""Settings of a run: one frozen, checked dataclass.
+
+Settings flow one way: defaults (`[tool.flwr.app.config]`, equal to the defaults here) -> run config ->
+`RunConfig.read`, which checks every key, type and range. Flower checks keys only, and only scalars
+travel, so components are written as text (see `tasks.spec`).
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from tasks import spec
+from tasks.errors import ConfigError
+from tasks.rng import generator
+
+Scalar: TypeAlias = bool | int | float | str
+
+
+def setting(
+    default: Scalar,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    kind: str = "",
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """Declare a setting: default, help line, inclusive range, component kind or choices of its text."""
+    return dataclasses.field(
+        default=default, metadata={"help": help, "low": low, "high": high, "kind": kind, "choices": choices}
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Every setting of a run; the key in files and on the command line is the name with dashes."""
+
+    # the run
+    name: str = setting("run", "name of the run's folder")
+    runs_dir: str = setting("runs", "folder that holds run folders")
+    data_dir: str = setting("", "folder with data sets; empty: HAWTHORN_DATA, then the cache")
+    seed: int = setting(1, "every random draw derives from it", low=0, high=2**63 - 1)
+    num_rounds: int = setting(10, "rounds of training", low=0)
+    resume: bool = setting(False, "continue the run folder's last finished round")
+    from_model: str = setting("", "start from this model.safetensors")
+    # the task
+    dataset: str = setting("digits()", "data set", kind="dataset")
+    model: str = setting("logistic_regression()", "model", kind="model")
+    partition: str = setting("iid()", "how training samples are dealt to clients", kind="partition")
+    num_clients: int = setting(10, "clients in the federation", low=1, high=1_000_000)
+    clients_per_round: int = setting(0, "clients sampled each round; 0: all", low=0)
+    training: str = setting("sgd()", "local training of honest clients", kind="training")
+    # the defence
+    rule: str = setting("mean()", "aggregation rule", kind="rule")
+    server_lr: float = setting(1.0, "server step size eta on the aggregate", low=0.0)
+    client_weights: str = setting(
+        "uniform", "uniform, or claimed: weight by the sample counts clients claim", choices=("uniform", "claimed")
+    )
+    min_replies: int = setting(1, "usable replies below which a round is skipped", low=1)
+    max_update_norm: float = setting(1e6, "an update with a larger l2 norm is dropped", low=0.0)
+    # the attack
+    malicious_clients: str = setting("", "ids as '0,3,7-9', or a share as '20%'")
+    attack: str = setting("", "what malicious clients do; parts joined with |", kind="attack")
+    attack_schedule: str = setting("continuous()", "when they do it", kind="schedule")
+    # evaluation
+    tau: float = setting(0.0, "predictions with a smaller confidence are rejected", low=0.0, high=1.0)
+    eval_every: int = setting(1, "rounds between evaluations", low=1)
+    # what is kept
+    keep_updates: bool = setting(False, "store every usable update of every round, for replay")
+    keep_models: int = setting(0, "store the global model every so many rounds; 0: only the last", low=0)
+    # the machine
+    round_timeout: float = setting(600.0, "seconds a round waits for replies", low=0.1)
+    startup_timeout: float = setting(180.0, "seconds to wait for clients to come up", low=0.1)
+    workers: int = setting(0, "processes that train in the in_process engine; 0: one per core, 1: no fork", low=0)
+
+    @staticmethod
+    def read(values: Mapping[str, Any]) -> "RunConfig":
+        """Build settings from keys with dashes; unknown keys, types and ranges raise `ConfigError`."""
+        fields = {f.name.replace("_", "-"): f for f in dataclasses.fields(RunConfig)}
+        arguments: dict[str, Scalar] = {}
+        for key, value in values.items():
+            if key not in fields:
+                near = difflib.get_close_matches(key, fields, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise ConfigError(f"unknown setting {key!r}; {hint}there are: {', '.join(fields)}")
+            arguments[fields[key].name] = _checked(key, value, fields[key])
+        config = RunConfig(**arguments)  # type: ignore[arg-type]
+        config._check_together()
+        return config
+
+    def settings(self) -> dict[str, Scalar]:
+        """Return all settings as a flat mapping with dashed keys: what Flower's run config holds."""
+        return {f.name.replace("_", "-"): getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def replace(self, **changes: Scalar) -> "RunConfig":
+        """Return a checked copy with some settings changed (names with underscores)."""
+        return RunConfig.read({**self.settings(), **{k.replace("_", "-"): v for k, v in changes.items()}})
+
+    @property
+    def run_folder(self) -> Path:
+        """The absolute folder of this run's record."""
+        return (Path(self.runs_dir).expanduser() / self.name).resolve()
+
+    @property
+    def num_sampled(self) -> int:
+        """Clients asked each round."""
+        return self.clients_per_round or self.num_clients
+
+    @property
+    def malicious_ids(self) -> tuple[int, ...]:
+        """Ids of the malicious clients: as listed, or a seeded draw of the given share."""
+        return parse_clients(self.malicious_clients, self.num_clients, self.seed)
+
+    def component(self, key: str) -> spec.Component:
+        """Return the component that a setting names, for example ``component("rule")``."""
+        return spec.resolve(self._kind(key), getattr(self, key))
+
+    def chain(self, key: str) -> tuple[spec.Component, ...]:
+        """Return the chain of components that a setting names, for example ``chain("attack")``."""
+        return spec.resolve_chain(self._kind(key), getattr(self, key))
+
+    def resolve_components(self) -> None:
+        """Resolve every component now, so that a typing error shows before anything starts."""
+        for field in dataclasses.fields(self):
+            if field.metadata["kind"] == "attack":
+                self.chain(field.name)
+            elif field.metadata["kind"]:
+                self.component(field.name)
+
+    def _kind(self, key: str) -> str:
+        return next(f.metadata["kind"] for f in dataclasses.fields(self) if f.name == key)
+
+    def _check_together(self) -> None:
+        if self.clients_per_round > self.num_clients:
+            raise ConfigError(f"clients-per-round is {self.clients_per_round}, but num-clients is {self.num_clients}")
+        if not re.fullmatch(r"[\w.+=@-]+(/[\w.+=@-]+)*", self.name) or ".." in self.name.split("/"):
+            raise ConfigError(f"name must be letters, digits, '.', '_', '-', '+', '=', '@' or '/', got {self.name!r}")
+        if self.malicious_ids and not self.attack:
+            raise ConfigError("malicious-clients are named, but attack is empty; set attack, for example 'sign_flip()'")
+
+
+def parse_clients(text: str, num_clients: int, seed: int) -> tuple[int, ...]:
+    """Read client ids from '0,3,7-9', or draw a share such as '20%' (rounded, at least one) with the seed."""
+    text = text.strip()
+    if not text:
+        return ()
+    if share := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text):
+        fraction = float(share[1]) / 100
+        if fraction > 1:
+            raise ConfigError(f"malicious-clients is {text!r}: a share is at most 100%")
+        count = max(1, round(fraction * num_clients)) if fraction > 0 else 0
+        return tuple(sorted(torch.randperm(num_clients, generator=generator(seed, "malicious"))[:count].tolist()))
+    ids: set[int] = set()
+    for part in text.split(","):
+        if not (match := re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)):
+            raise ConfigError(f"cannot read malicious-clients {text!r}: write ids as '0,3,7-9' or a share as '20%'")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if max(first, last) >= num_clients:
+            raise ConfigError(
+                f"malicious-clients names client {max(first, last)}, but ids go from 0 to {num_clients - 1}"
+            )
+        ids.update(range(first, last + 1))
+    return tuple(sorted(ids))
+
+
+def _checked(key: str, value: Any, field: dataclasses.Field[Any]) -> Scalar:
+    wanted = type(field.default)
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+        raise ConfigError(f"{key} must be {_type_name(wanted)}, got {value!r}")
+    low, high, choices = field.metadata["low"], field.metadata["high"], field.metadata["choices"]
+    if wanted is float and not math.isfinite(value):
+        raise ConfigError(f"{key} must be finite, got {value!r}")
+    if low is not None and value < low:
+        raise ConfigError(f"{key} must be at least {low}, got {value!r}")
+    if high is not None and value > high:
+        raise ConfigError(f"{key} must be at most {high}, got {value!r}")
+    if choices and value not in choices:
+        raise ConfigError(f"{key} must be one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def _type_name(wanted: type) -> str:
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[wanted]

@@ -1,0 +1,43 @@
+"""A data set in memory: inputs, labels, and how a batch of it is read."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Split = Literal["train", "test"]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Inputs and labels of both splits, held once per process and shared by every client in it.
+
+    Inputs are ``[samples, channels, height, width]`` for images and ``[samples, features]`` for
+    tables, as uint8 or float32; a batch is float32, multiplied by `scale` (1/255 for uint8 pixels).
+    """
+
+    name: str
+    train_inputs: Tensor
+    train_labels: Tensor  # [samples], int64
+    test_inputs: Tensor
+    test_labels: Tensor
+    num_classes: int
+    scale: float = 1.0
+    train_groups: Tensor | None = None  # [samples], int64: the natural group (writer, state, user) of each sample
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input, without the batch dimension."""
+        return tuple(self.train_inputs.shape[1:])
+
+    def split(self, name: Split) -> tuple[Tensor, Tensor]:
+        """Return (inputs as stored, labels) of a split."""
+        return (self.train_inputs, self.train_labels) if name == "train" else (self.test_inputs, self.test_labels)
+
+    def batch(self, split: Split, index: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Return (inputs as scaled float32, labels) at `index`; the returned inputs are the caller's to change."""
+        inputs, labels = self.split(split)
+        chosen = inputs[index] if isinstance(index, slice) else inputs.index_select(0, index)
+        scaled = chosen.to(torch.float32, copy=isinstance(index, slice))
+        return (scaled.mul_(self.scale) if self.scale != 1.0 else scaled), labels[index]
