@@ -1,0 +1,128 @@
+"""Accurate inner products, distances and norms of client updates, from one or two readings of the stack.
+
+Distance-based rules need only n x n numbers. The fast way to them is one Gram matrix, and its textbook
+form ||x||^2 + ||y||^2 - 2<x, y> cancels when two updates are close to each other but far from the
+origin. Here the origin is one of the updates: a row near the coordinate-wise median, so that a few
+huge rows cannot carry it away. Pairs that still cancel belong to tight clusters far from the origin;
+each cluster is measured again around one of its own members. The distances to that member are free
+of cancellation, so a cluster shrinks each time, and no pair is left to chance.
+
+Blocks of columns are multiplied in the stack's precision and added up in float64. Rows whose squares leave
+float32's range are multiplied in float64. Only distances above 1e154, whose squares no float64 holds, are inf.
+"""
+
+import torch
+from torch import Tensor
+
+BLOCK_COLUMNS = 8192
+PANEL_ROWS = 64  # a Gram matrix is symmetric: panels of rows let its upper half be skipped
+SAMPLE_COLUMNS = 256  # columns that choose the origin; they decide about speed, not about what is right
+CANCELLED = 1 / 16  # share of ||x||^2 + ||y||^2; with float32 products good to 3e-6, larger distances are good to 1e-4
+SMALLEST_SQUARE = 1e-33  # per column; a row whose mean square is below it may have lost squares to underflow
+
+
+def squared_distances(updates: Tensor) -> Tensor:
+    """Return ||x_i - x_j||^2 (``[clients, clients]``, float64): symmetric, zero diagonal, relative error below 1e-4."""
+    result = torch.zeros(len(updates), len(updates), dtype=torch.float64, device=updates.device)
+    clusters = [torch.arange(len(updates), device=updates.device)]
+    while clusters:
+        rows = clusters.pop()
+        centre = _central(updates, rows)
+        around, doubtful = _distances_from(gram(updates, int(rows[centre]), rows), centre)
+        result[rows[:, None], rows[None, :]] = around
+        clusters.extend(rows[members] for members in _components(doubtful))
+    return result
+
+
+def majority_gram(updates: Tensor) -> Tensor:
+    """Return the Gram matrix (``[clients, clients]``, float64) around an update that lies with the majority.
+
+    Around such an origin, weighted sums that are dominated by honest updates do not cancel.
+    """
+    everyone = torch.arange(len(updates), device=updates.device)
+    centre = _central(updates, everyone)
+    products = gram(updates, centre, everyone)
+    _, doubtful = _distances_from(products, centre)
+    if int(doubtful.sum(1).max()) >= max(1, len(updates) // 3):  # many rows are close to each other, far from here
+        medoid = int(squared_distances(updates).sort(1).values[:, len(updates) // 2].argmin())
+        products = gram(updates, medoid, everyone)
+    return products
+
+
+def gram(updates: Tensor, origin: int, rows: Tensor) -> Tensor:
+    """Return <x_i - x_origin, x_j - x_origin> for i, j in `rows` (``[rows, rows]``, float64), in one reading."""
+    if updates.dtype == torch.float64:
+        return _gram(updates, origin, rows, torch.float64)
+    products = _gram(updates, origin, rows, torch.float32)
+    squares = products.diagonal()[rows != origin]
+    return products if _in_range(squares, updates.shape[1]) else _gram(updates, origin, rows, torch.float64)
+
+
+def norms(updates: Tensor) -> Tensor:
+    """Return the L2 norm of every update (``[clients]``, float64)."""
+    narrow = torch.float64 if updates.dtype == torch.float64 else torch.float32
+    squares = _squares(updates, narrow)
+    if narrow == torch.float32 and not _in_range(squares, updates.shape[1]):
+        squares = _squares(updates, torch.float64)
+    return squares.sqrt()
+
+
+def _in_range(squares: Tensor, num_params: int) -> bool:
+    return bool((torch.isfinite(squares) & (squares >= SMALLEST_SQUARE * num_params)).all())
+
+
+def _gram(updates: Tensor, origin: int, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    num_rows, num_params = len(rows), updates.shape[1]
+    width = min(BLOCK_COLUMNS if updates.device.type == "cpu" else 2**26 // num_rows, num_params)
+    everyone = num_rows == len(updates)
+    total = torch.zeros(num_rows, num_rows, dtype=torch.float64, device=updates.device)
+    product = torch.zeros(num_rows, num_rows, dtype=dtype, device=updates.device)
+    space = torch.empty(num_rows, width, dtype=dtype, device=updates.device)
+    for start in range(0, num_params, max(1, width)):
+        block = updates[:, start : start + width]
+        centred = space[:, : block.shape[1]]
+        chosen = block if everyone else block.index_select(0, rows)
+        torch.sub(chosen.to(dtype), block[origin].to(dtype), out=centred)
+        for top in range(0, num_rows, PANEL_ROWS):
+            bottom = min(top + PANEL_ROWS, num_rows)
+            product[top:bottom, :bottom] = centred[top:bottom] @ centred[:bottom].t()
+        total += product
+    return total.tril() + total.tril(-1).t()
+
+
+def _squares(updates: Tensor, dtype: torch.dtype) -> Tensor:
+    total = torch.zeros(len(updates), dtype=torch.float64, device=updates.device)
+    for block in updates.split(4 * BLOCK_COLUMNS, dim=1):
+        total += torch.linalg.vector_norm(block.to(dtype), dim=1).double().square()
+    return total
+
+
+def _central(updates: Tensor, rows: Tensor) -> int:
+    """Return the position in `rows` of the row nearest to their coordinate-wise median, on a sample of columns."""
+    stride = -(-updates.shape[1] // SAMPLE_COLUMNS) or 1
+    sample = updates[:, ::stride].index_select(0, rows).double()
+    return int((sample - sample.median(0).values).square().sum(1).argmin())
+
+
+def _distances_from(products: Tensor, centre: int) -> tuple[Tensor, Tensor]:
+    """Return squared distances by a Gram matrix, and which of them cancelled; those to its `centre` never do."""
+    squares = products.diagonal()
+    sums = squares[:, None] + squares[None, :]
+    distances = (sums - 2 * products).clamp_(min=0).fill_diagonal_(0)
+    doubtful = ~(distances >= CANCELLED * sums)  # also where inf - inf left NaN
+    doubtful[centre], doubtful[:, centre] = False, False
+    return distances.nan_to_num_(nan=torch.inf, posinf=torch.inf), doubtful.fill_diagonal_(False)
+
+
+def _components(linked: Tensor) -> list[Tensor]:
+    """Return the connected components, of two members or more, of a symmetric boolean matrix."""
+    left = linked.any(1)
+    found = []
+    while left.any():
+        members = torch.zeros_like(left)
+        members[left.nonzero()[0]] = True
+        while (grown := members | linked[members].any(0)).sum() > members.sum():
+            members = grown
+        found.append(members.nonzero().flatten())
+        left &= ~members
+    return found

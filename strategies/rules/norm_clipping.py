@@ -1,0 +1,37 @@
+"""Norm clipping: shorten every update to a largest norm, then average.
+
+Sun et al., "Can You Really Backdoor Federated Learning?", 2019, section 3 (norm thresholding); called norm difference
+clipping by Wang et al., "Attack of the Tails", NeurIPS 2020, section 4. Deviation: without `max_norm` the threshold
+follows the round. The adaptive variant of "Attack of the Tails" takes the mean of the round's norms, attackers
+included, which one huge update moves at will (``adaptive="mean"``); the default is their median.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from strategies.distances import norms
+from strategies.rule import count_clients, uniform_weights, weight_rule
+from tasks.errors import ConfigError
+
+LAWS_NOT_KEPT = {
+    "shift": "norms are measured from the global model, the origin, and a shift changes them",
+    "weights_sum_to_one": "a clipped update counts for less and nothing takes up the rest",
+}
+
+
+@weight_rule
+def norm_clipping(
+    updates: Tensor, *, max_norm: float | None = None, adaptive: Literal["median", "mean"] = "median"
+) -> Tensor:
+    """Weigh an update of L2 norm r by min(1, max_norm / r) / n; `max_norm` None follows this round's norms."""
+    count_clients(updates)
+    if max_norm is not None and max_norm <= 0:
+        raise ConfigError(f"norm_clipping wants max_norm > 0, got {max_norm}; leave it out to follow the round's norms")
+    lengths = norms(updates)
+    if max_norm is not None:
+        limit = lengths.new_tensor(max_norm)
+    else:
+        limit = lengths.quantile(0.5) if adaptive == "median" else lengths.mean()
+    return uniform_weights(updates) * torch.where(lengths <= limit, 1.0, limit / lengths)
