@@ -1,0 +1,176 @@
+"""One Flower Strategy for every rule: messages in, one `[clients, params]` stack, rule, server step, messages out.
+
+A round: seeded sample -> Flower messages -> replies checked one by one into the rows of one stack -> rule on the
+updates -> global model plus eta times the aggregate. Too few usable replies, or a rule whose precondition is broken,
+skip the round: the model stays and the reason is recorded.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from logging import INFO, WARNING
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+from torch import Tensor
+
+from strategies.checks import claimed_examples, read_update, update_norm
+from strategies.population import Population
+from strategies.rule import WeightRule, weighted_sum
+from tasks.errors import AggregationError, ConfigError
+from tasks.params import Layout
+from tasks.spec import Component
+from tasks.wire import from_record, to_record
+
+
+@dataclass
+class RoundOutcome:
+    """What happened in a round, for the record: every list follows the order of `clients`, the usable replies."""
+
+    round: int
+    sampled: list[int] = field(default_factory=list)
+    clients: list[int] = field(default_factory=list)
+    dropped: dict[int, str] = field(default_factory=dict)  # client -> reason
+    norms: list[float] = field(default_factory=list)  # l2 norms of the usable updates
+    weights: list[float] | None = None  # weight per client in the aggregate; None: the rule weighs coordinates
+    aggregate_norm: float = 0.0
+    skipped: str | None = None  # why the round left the model as it was
+    updates: Tensor | None = None  # [clients, params]; a view that the next round overwrites
+
+
+class RobustStrategy(FedAvg):
+    """Robust aggregation by any rule of `strategies.rules`; usable wherever a Flower strategy is."""
+
+    def __init__(
+        self,
+        *,
+        rule: Component,
+        layout: Layout,
+        population: Population,
+        sample: Callable[[list[int], int], list[int]],
+        server_lr: float = 1.0,
+        client_weights: str = "uniform",
+        min_replies: int = 1,
+        max_update_norm: float = 1e6,
+        round_timeout: float = 600.0,
+    ) -> None:
+        super().__init__(fraction_evaluate=0.0, min_available_nodes=1, min_train_nodes=1, min_evaluate_nodes=0)
+        if client_weights == "claimed" and not isinstance(rule.function, WeightRule):
+            raise ConfigError(f"client-weights = claimed needs a rule that weighs clients; {rule.name} does not")
+        self.rule, self.layout, self.population, self.sample = rule, layout, population, sample
+        self.server_lr, self.client_weights = server_lr, client_weights
+        self.min_replies, self.max_update_norm, self.round_timeout = min_replies, max_update_norm, round_timeout
+        self.outcome = RoundOutcome(0)
+        self.model = torch.zeros(layout.num_params)
+        self._sent: dict[str, int] = {}  # message id -> node id, of this round
+        self._messages: list[Message] = []
+        self._stack = torch.empty(0)
+
+    def summary(self) -> None:
+        """Log the strategy's settings."""
+        log(INFO, "\trule %s, server step %g, client weights %s", self.rule, self.server_lr, self.client_weights)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Sample clients and make their messages, which all share one content.
+
+        The messages outlive the round's deadline on purpose: a late reply tells that its sender is free again.
+        """
+        from_record(arrays, self.layout, self.model)
+        available = self.population.refresh(grid, self.round_timeout)
+        sampled = self.sample(available, server_round)
+        self.outcome = RoundOutcome(server_round, sampled=sampled)
+        content = RecordDict({"arrays": arrays, "config": ConfigRecord({**config, "server-round": server_round})})
+        self._messages = [
+            Message(content, self.population.node_of[c], "train", group_id=str(server_round)) for c in sampled
+        ]
+        return self._messages
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask nobody: the server evaluates on its own data, clients' numbers prove nothing."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Return None; see `configure_evaluate`."""
+        return None
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Check replies, aggregate, step; returns the new model, or None when the round is skipped."""
+        outcome, claims = self.outcome, self._collect(replies)
+        stack = self._stack[: len(outcome.clients)]
+        outcome.updates = stack
+        metrics = MetricRecord({"usable-replies": len(stack), "dropped-replies": len(outcome.dropped)})
+        aggregate = self._try_rule(stack, claims)
+        if aggregate is None:
+            log(WARNING, "round %d skipped, the model stays: %s", server_round, outcome.skipped)
+            return None, metrics
+        self.model = torch.add(self.model, aggregate.to(torch.float32), alpha=self.server_lr)
+        return to_record(self.model, self.layout), metrics
+
+    def _try_rule(self, stack: Tensor, claims: list[float]) -> Tensor | None:
+        """Return the aggregate ([params]), or None with the reason in the outcome."""
+        if len(stack) < self.min_replies:
+            self.outcome.skipped = f"{len(stack)} usable replies, min-replies is {self.min_replies}"
+            return None
+        try:
+            aggregate = self._aggregate(stack, claims)
+        except AggregationError as error:
+            self.outcome.skipped = str(error)
+            return None
+        self.outcome.aggregate_norm = update_norm(aggregate)
+        if not math.isfinite(self.outcome.aggregate_norm):
+            self.outcome.skipped, self.outcome.aggregate_norm = "the aggregate is not finite", 0.0
+            return None
+        return aggregate
+
+    def _aggregate(self, stack: Tensor, claims: list[float]) -> Tensor:
+        if not isinstance(self.rule.function, WeightRule):
+            return self.rule(stack)
+        weights = self.rule.function.weights(stack, **self.rule.arguments)
+        if self.client_weights == "claimed":
+            share = weights * torch.tensor(claims, dtype=torch.float64)
+            weights = share * (weights.sum() / share.sum())
+        self.outcome.weights = weights.tolist()
+        return weighted_sum(weights, stack)
+
+    def _collect(self, replies: Iterable[Message]) -> list[float]:
+        """Write usable updates into the stack in order of client id; note every drop with its reason."""
+        sent = {m.metadata.message_id: m.metadata.dst_node_id for m in self._messages}
+        by_client: dict[int, Message] = {}
+        for reply in replies:
+            node = sent.pop(reply.metadata.reply_to_message_id, None)
+            if node is not None:
+                by_client[self.population.client_of[node]] = reply
+        for message_id, node in sent.items():
+            self.population.missed(node, message_id)
+            self._drop(self.population.client_of[node], f"no reply within {self.round_timeout:g} s")
+        if self._stack.dim() != 2 or len(self._stack) < len(by_client):
+            self._stack = torch.empty(len(by_client), self.layout.num_params)
+        claims: list[float] = []
+        for client in sorted(by_client):
+            self._take(client, by_client.pop(client), claims)
+        return claims
+
+    def _take(self, client: int, reply: Message, claims: list[float]) -> None:
+        row = self._stack[len(self.outcome.clients)]
+        norm = read_update(reply, self.layout, self.model, self.max_update_norm, row)
+        claim = claimed_examples(reply) if self.client_weights == "claimed" and not isinstance(norm, str) else 1.0
+        for verdict in (norm, claim):
+            if isinstance(verdict, str):
+                self._drop(client, verdict)
+                return
+        claims.append(float(claim))
+        self.outcome.clients.append(client)
+        self.outcome.norms.append(float(norm))
+
+    def _drop(self, client: int, reason: str) -> None:
+        self.outcome.dropped[client] = reason
+        log(WARNING, "round %d: client %d dropped: %s", self.outcome.round, client, reason)
