@@ -1,0 +1,28 @@
+"""An attacker's own local training: other rate, more epochs than honest clients (DBA's and FLIP's poison settings)."""
+
+from client.attack import Attack, change_training
+
+
+def train_with(
+    *,
+    lr: float | None = None,
+    momentum: float | None = None,
+    weight_decay: float | None = None,
+    epochs: int | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    decay_at: tuple[float, ...] | None = None,
+    decay_by: float | None = None,
+) -> Attack:
+    """Replace the given hyper-parameters of the honest training setting; None keeps the honest value."""
+    given = {
+        "lr": lr,
+        "momentum": momentum,
+        "weight_decay": weight_decay,
+        "epochs": epochs,
+        "steps": steps,
+        "batch_size": batch_size,
+        "decay_at": decay_at,
+        "decay_by": decay_by,
+    }
+    return change_training({key: value for key, value in given.items() if value is not None})

@@ -1,0 +1,63 @@
+"""Local training: the job a client is given, the result it returns, and the shape of a trainer."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from tasks.dataset import Dataset
+from tasks.params import Layout
+from tasks.rng import generator
+from tasks.spec import Component
+
+
+@dataclass(frozen=True)
+class LocalJob:
+    """One client's work in one round. `vector` holds the global model on entry and is trained in place."""
+
+    dataset: Dataset
+    indices: Tensor  # [examples], int64, into the training split
+    model: nn.Module  # its parameters are views into `vector`
+    layout: Layout
+    start: Tensor  # [params]: the global model of this round; read only
+    vector: Tensor  # [params]: the working copy
+    client: int
+    round: int
+    seed: int
+    rank: int = 0  # position among the malicious clients, for attacks that share work
+    num_attackers: int = 0
+    batch_transforms: "tuple[BatchTransform, ...]" = ()
+    overrides: Mapping[str, Any] = field(default_factory=dict)  # hyper-parameters an attacker trains with
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """Return this client's generator of this round for one purpose, such as "shuffle"."""
+        return generator(self.seed, "client", self.client, "round", self.round, purpose)
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """What a client sends: its model after training, how many examples it used, its mean training loss.
+
+    `edit_reply` lets an attack change the encoded arrays themselves (names, shapes, bytes).
+    """
+
+    vector: Tensor  # [params]
+    num_examples: int
+    loss: float
+    edit_reply: Callable[[Any], Any] | None = None
+
+
+LocalTrainer: TypeAlias = Callable[[LocalJob], LocalResult]
+# (inputs [batch, ...], labels [batch], generator, job) -> (inputs, labels); may change its inputs, never the labels
+BatchTransform: TypeAlias = Callable[[Tensor, Tensor, torch.Generator, LocalJob], tuple[Tensor, Tensor]]
+
+
+def honest(training: Component) -> LocalTrainer:
+    """Return the trainer of a `training` setting; a job's overrides replace single hyper-parameters."""
+
+    def train(job: LocalJob) -> LocalResult:
+        return training.function(job, **{**training.arguments, **job.overrides})
+
+    return train
