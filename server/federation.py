@@ -1,0 +1,169 @@
+"""The round loop: sample, train, aggregate, evaluate, record; the same for every engine."""
+
+import dataclasses
+import importlib.metadata
+import platform
+import time
+from collections.abc import Callable
+from logging import INFO, WARNING
+from pathlib import Path
+
+import torch
+from flwr.app import ConfigRecord
+from flwr.common import log
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from client.attack import read_attack
+from server.evaluate import Evaluator, Metrics
+from server.record import RoundRecord, RunWriter, read_model
+from strategies.checks import update_norm
+from strategies.population import Population
+from strategies.robust import RobustStrategy
+from strategies.sampling import forced_clients, sample_clients
+from tasks.config import RunConfig
+from tasks.errors import EngineError
+from tasks.params import digest
+from tasks.schedule import Schedule
+from tasks.task import Task, load
+from tasks.wire import to_record
+
+OnRound = Callable[[RoundRecord], None]
+
+
+def run_federation(config: RunConfig, grid: Grid, on_round: OnRound | None = None) -> None:
+    """Run, or resume, all rounds of a federation over `grid` and write its record."""
+    config.resolve_components()
+    task = load(config)
+    start = read_model(Path(config.from_model), task.layout) if config.from_model else None
+    if config.resume:
+        writer, last, vector = RunWriter.resume(config, task.layout)
+    else:
+        writer, last, vector = RunWriter.create(config, task.layout), 0, None
+    try:
+        if vector is None:
+            vector = task.initial_vector() if start is None else start
+        federation = Federation(config, task, grid, writer)
+        federation.run(vector, last, on_round)
+    except BaseException as error:
+        writer.write_header(status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        raise
+    finally:
+        writer.close()
+
+
+class Federation:
+    """One run: its task, strategy, evaluator and record."""
+
+    def __init__(self, config: RunConfig, task: Task, grid: Grid, writer: RunWriter) -> None:
+        self.config, self.task, self.grid, self.writer = config, task, grid, writer
+        self.schedule: Schedule = config.component("attack_schedule")()
+        self.population = Population(config.num_clients)
+        self.evaluate = Evaluator(task, read_attack(config.attack).triggered, config.tau)
+        self.strategy = RobustStrategy(
+            rule=config.component("rule"),
+            layout=task.layout,
+            population=self.population,
+            sample=self._sample,
+            server_lr=config.server_lr,
+            client_weights=config.client_weights,
+            min_replies=config.min_replies,
+            max_update_norm=config.max_update_norm,
+            round_timeout=config.round_timeout,
+        )
+
+    def run(self, vector: Tensor, last: int, on_round: OnRound | None) -> None:
+        """Run the rounds after `last` from the model `vector` ([params]), then write the final model."""
+        self._wait_for_clients()
+        if last == 0:
+            facts = self._facts()
+            self.writer.write_header(initial=_rounded(self.evaluate(vector)), facts=facts, started=time.time())
+        for number in range(last + 1, self.config.num_rounds + 1):
+            record, vector = self._round(number, vector)
+            self.writer.write_round(record, vector, self._kept())
+            if on_round is not None:
+                on_round(record)
+        self.writer.finish(vector, sha256=digest(vector))
+
+    def _round(self, number: int, vector: Tensor) -> tuple[RoundRecord, Tensor]:
+        begin = time.perf_counter()
+        messages = self.strategy.configure_train(number, to_record(vector, self.task.layout), ConfigRecord(), self.grid)
+        replies = self.grid.send_and_receive(messages, timeout=self.config.round_timeout)
+        trained = time.perf_counter()
+        self.strategy.aggregate_train(number, replies)
+        vector, outcome = self.strategy.model, self.strategy.outcome
+        aggregated = time.perf_counter()
+        evaluated = number % self.config.eval_every == 0 or number == self.config.num_rounds
+        metrics = self.evaluate(vector) if evaluated else None
+        end = time.perf_counter()
+        malicious = {*self.config.malicious_ids, *self.population.malicious}
+        record = RoundRecord(
+            round=number,
+            **(_rounded(metrics) if metrics else {"acc": None, "asr": None}),
+            seconds=round(end - begin, 4),
+            sampled=outcome.sampled,
+            malicious=[c for c in outcome.sampled if c in malicious],
+            attacking=[c for c in outcome.sampled if c in self._attackers(number)],
+            clients=outcome.clients,
+            dropped={str(c): reason for c, reason in sorted(outcome.dropped.items())},
+            weights=outcome.weights,
+            norms=outcome.norms,
+            aggregate_norm=outcome.aggregate_norm,
+            model_norm=update_norm(vector),
+            skipped=outcome.skipped,
+            sha256=digest(vector),
+            seconds_train=round(trained - begin, 4),
+            seconds_aggregate=round(aggregated - trained, 4),
+            seconds_evaluate=round(end - aggregated, 4),
+        )
+        return record, vector
+
+    def _kept(self) -> tuple[list[int], Tensor] | None:
+        updates = self.strategy.outcome.updates
+        return None if updates is None else (self.strategy.outcome.clients, updates)
+
+    def _sample(self, available: list[int], number: int) -> list[int]:
+        forced = forced_clients(self.schedule, self.config.malicious_ids, number)
+        return sample_clients(available, self.config.num_sampled, seed=self.config.seed, round=number, forced=forced)
+
+    def _attackers(self, number: int) -> set[int]:
+        """The clients that attack in a round: by schedule, and malicious processes the settings do not list, always."""
+        listed = self.config.malicious_ids
+        ranks = self.schedule.attackers(number, len(listed))
+        return {listed[rank] for rank in ranks} | (self.population.malicious - set(listed))
+
+    def _wait_for_clients(self) -> None:
+        """Wait until every client is here, or the startup timeout; go on with those that are, if any."""
+        deadline, wanted = time.monotonic() + self.config.startup_timeout, self.config.num_clients
+        while len(here := self.population.refresh(self.grid, self.config.startup_timeout)) < wanted:
+            if (size := self.population.federation_size) is not None and size <= len(here):
+                log(WARNING, "the federation has %d clients, num-clients is %d; going on with those", size, wanted)
+                break
+            if time.monotonic() > deadline:
+                if len(here) < self.config.min_replies:
+                    raise EngineError(
+                        f"only {len(here)} of {wanted} clients came up in {self.config.startup_timeout:g} s"
+                    )
+                log(WARNING, "only %d of %d clients came up; going on with those", len(here), wanted)
+                break
+            time.sleep(0.2)
+        log(INFO, "%d of %d clients are here", len(here), wanted)
+
+    def _facts(self) -> dict[str, object]:
+        dataset = self.task.dataset
+        return {
+            "dataset": dataset.name,
+            "train_samples": len(dataset.train_labels),
+            "test_samples": len(dataset.test_labels),
+            "num_params": self.task.layout.num_params,
+            "client_sizes": [len(share) for share in self.task.partition],
+            "malicious_clients": sorted({*self.config.malicious_ids, *self.population.malicious}),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "flwr": importlib.metadata.version("flwr"),
+            "hawthorn": importlib.metadata.version("hawthorn"),
+        }
+
+
+def _rounded(metrics: Metrics) -> dict[str, float | None]:
+    return {k: None if v is None else round(v, 6) for k, v in dataclasses.asdict(metrics).items()}
