@@ -1,0 +1,1 @@
+"""Hawthorn's front door: command line, engines, reports."""

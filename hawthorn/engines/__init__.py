@@ -1,0 +1,19 @@
+"""Engines run a federation: in this process, in Flower's simulation, or as real processes over gRPC.
+
+Each engine is a module with ``run(config, on_round, on_message)``; for one seed all of them end with the same model.
+"""
+
+import importlib
+from typing import Any
+
+from tasks.errors import ConfigError
+
+ENGINES = ("in_process", "flower", "cluster")
+
+
+def find_engine(name: str) -> Any:
+    """Return an engine's module; an unknown name raises `ConfigError` listing what exists."""
+    key = name.replace("-", "_")
+    if key not in ENGINES:
+        raise ConfigError(f"unknown engine {name!r}; there are: {', '.join(ENGINES)}")
+    return importlib.import_module(f"hawthorn.engines.{key}")

@@ -1,0 +1,252 @@
+"""The in-process engine: a Flower Grid that calls the ClientApp directly, on a pool of forked workers.
+
+No Ray, no network, no process start per message: each worker is forked once, after the data set is loaded, and shares
+its pages. A round's content is sent to each worker once; each client's message is a few numbers. With one worker
+nothing is forked and breakpoints work. The result does not depend on the number of workers: every client's work is a
+function of the message and of generators derived from the seed.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkProcess
+from typing import Any
+
+import torch
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.app.metadata import Metadata
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+from client.app import app as client_app
+from client.app import workspace
+from server.federation import OnRound, run_federation
+from tasks.config import RunConfig
+from tasks.task import load
+
+CLIENT_EXCEPTION, CLIENT_CRASHED = 2, 8  # Flower's error codes for what a strategy sees
+
+
+def run(config: RunConfig, on_round: OnRound | None = None, on_message: Callable[[str], None] | None = None) -> None:
+    """Run a federation in this process and its forked workers."""
+    sizes = [len(share) for share in load(config).partition]
+    with InProcessGrid(client_app, config, cost=sizes) as grid:
+        run_federation(config, grid, on_round)
+
+
+@dataclass
+class Worker:
+    """A forked process, its pipe, and the message it is working on."""
+
+    process: ForkProcess
+    pipe: Connection
+    busy: Message | None = None
+    holds: int | None = None  # id of the content it got last in this round
+
+
+class InProcessGrid(Grid):
+    """Runs the messages of `send_and_receive` on clients 0 to num_clients - 1, which are nodes 1 to num_clients."""
+
+    def __init__(self, app: ClientApp, config: RunConfig, cost: list[int] | None = None) -> None:
+        self.app, self.config = app, config
+        self.cost = cost or [1] * config.num_clients
+        self.states: dict[int, bytes] = {}  # node -> its pickled context state, when not empty
+        self.inline: dict[int, Context] = {}
+        self.num_workers = config.workers or os.cpu_count() or 1
+        self.pool: list[Worker] = []
+        self._run = Run.create_empty(1)
+        self._next_id = 0
+
+    def __enter__(self) -> "InProcessGrid":
+        if self.num_workers > 1:
+            workspace(self.config)  # loaded before the fork, so that the workers share its pages
+            for _ in range(self.num_workers):
+                self.pool.append(self._fork())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.pool:
+            self._end(worker)
+        self.pool = []
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Run every message, the costliest clients first; replies that miss the timeout are absent."""
+        queue = [self._stamp(message) for message in messages]
+        if not self.pool:
+            return [self._reply_inline(message) for message in queue]
+        queue.sort(key=lambda m: self.cost[m.metadata.dst_node_id - 1])
+        return self._run_pool(queue, None if timeout is None else time.monotonic() + timeout)
+
+    def _run_pool(self, queue: list[Message], deadline: float | None) -> list[Message]:
+        packed: dict[int, bytes] = {}
+        replies: list[Message] = []
+        for worker in self.pool:
+            worker.holds = None
+            self._give(worker, queue, packed)
+        while busy := [w for w in self.pool if w.busy is not None]:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            ready = wait([w.pipe for w in busy], left)
+            if not ready:
+                for worker in busy:
+                    self._replace(worker)
+                break
+            for worker in busy:
+                if worker.pipe in ready:
+                    replies.append(self._take(worker))
+                    self._give(worker, queue, packed)
+        return replies
+
+    def _give(self, worker: Worker, queue: list[Message], packed: dict[int, bytes]) -> None:
+        worker.busy = queue.pop() if queue else None
+        if worker.busy is None:
+            return
+        key, meta = id(worker.busy.content), worker.busy.metadata
+        if key not in packed:
+            packed[key] = pickle.dumps(worker.busy.content, protocol=5)
+        content = None if key == worker.holds else packed[key]
+        worker.holds = key
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a dead worker shows when its reply is read
+            worker.pipe.send((content, _fields(meta), self.states.get(meta.dst_node_id)))
+
+    def _take(self, worker: Worker) -> Message:
+        message = worker.busy
+        assert message is not None
+        try:
+            content, error, state = worker.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            code = self._replace(worker)
+            return Message(Error(CLIENT_CRASHED, f"the client's process ended with exit code {code}"), reply_to=message)
+        if state is not None:
+            self.states[message.metadata.dst_node_id] = state
+        return _reply(content, error, message)
+
+    def _reply_inline(self, message: Message) -> Message:
+        node = message.metadata.dst_node_id
+        context = self.inline.setdefault(node, _context(node, self.config))
+        content, error = _call(self.app, message, context)
+        return _reply(content, error, message)
+
+    def _fork(self) -> Worker:
+        here, there = multiprocessing.Pipe()
+        others = [here, *(w.pipe for w in self.pool)]
+        process = multiprocessing.get_context("fork").Process(
+            target=_work, args=(there, others, self.app, self.config), daemon=True
+        )
+        process.start()
+        there.close()
+        return Worker(process, here)
+
+    def _replace(self, worker: Worker) -> int | None:
+        code = self._end(worker)
+        fresh = self._fork()
+        worker.process, worker.pipe, worker.holds, worker.busy = fresh.process, fresh.pipe, None, None
+        return code
+
+    def _end(self, worker: Worker) -> int | None:
+        worker.pipe.close()
+        if worker.busy is not None:
+            worker.process.kill()
+        worker.process.join(5)
+        if worker.process.is_alive():
+            worker.process.kill()
+            worker.process.join()
+        return worker.process.exitcode
+
+    def _stamp(self, message: Message) -> Message:
+        self._next_id += 1
+        message.metadata.__dict__["_message_id"] = str(self._next_id)
+        message.metadata.__dict__["_run_id"] = self._run.run_id
+        return message
+
+    def set_run(self, run: Run) -> None:
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return range(1, self.config.num_clients + 1)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        raise RuntimeError("the in-process grid answers messages in send_and_receive")
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return an empty reply for each: a client that missed a deadline was ended, so it is free again."""
+        for message_id in message_ids:
+            message = Message(RecordDict(), 0, "train")
+            message.metadata.__dict__["_reply_to_message_id"] = message_id
+            yield message
+
+
+def _reply(content: RecordDict | None, error: Error | None, message: Message) -> Message:
+    if content is not None:
+        return Message(content, reply_to=message)
+    return Message(error or Error(CLIENT_EXCEPTION, "no content"), reply_to=message)
+
+
+def _fields(meta: Metadata) -> dict[str, Any]:
+    names = (
+        "run_id",
+        "message_id",
+        "src_node_id",
+        "dst_node_id",
+        "reply_to_message_id",
+        "group_id",
+        "created_at",
+        "ttl",
+    )
+    return {**{name: getattr(meta, name) for name in names}, "message_type": meta.message_type}
+
+
+def _context(node: int, config: RunConfig) -> Context:
+    node_config = {"partition-id": node - 1, "num-partitions": config.num_clients}
+    return Context(1, node, node_config, RecordDict(), dict(config.settings()))  # type: ignore[arg-type]
+
+
+def _call(app: ClientApp, message: Message, context: Context) -> tuple[RecordDict | None, Error | None]:
+    """Call the ClientApp as Flower does: an exception becomes an error reply."""
+    try:
+        return app(message, context).content, None
+    except Exception as error:  # whatever a client does wrong is its reply's business, not the engine's
+        return None, Error(CLIENT_EXCEPTION, f"{type(error).__name__}: {error}")
+
+
+def _work(pipe: Connection, others: list[Connection], app: ClientApp, config: RunConfig) -> None:
+    """A worker's life: answer messages until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, whose closed pipe ends this process
+    for other in others:
+        other.close()
+    torch.set_num_threads(1)
+    contexts: dict[int, Context] = {}
+    content = RecordDict()
+    for packed, fields, state in _tasks(pipe):
+        if packed is not None:
+            content = pickle.loads(packed)  # noqa: S301 - from our own parent process
+        message = Message(content, metadata=Metadata(**fields))  # type: ignore[call-overload]
+        node = fields["dst_node_id"]
+        context = contexts.setdefault(node, _context(node, config))
+        if state is not None:
+            context.state = pickle.loads(state)  # noqa: S301 - packed by a sibling worker
+        answer, error = _call(app, message, context)
+        pipe.send((answer, error, pickle.dumps(context.state, protocol=5) if len(context.state) else None))
+
+
+def _tasks(pipe: Connection) -> Iterator[tuple[bytes | None, dict[str, Any], bytes | None]]:
+    while True:
+        try:
+            yield pipe.recv()
+        except (EOFError, ConnectionResetError):
+            os._exit(0)
