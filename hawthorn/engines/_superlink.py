@@ -1,0 +1,140 @@
+"""The SuperLink as an engine sees it: the app it is given, its Control API (gRPC), and following a run to its end.
+
+The app is not the repository: it is a folder with nothing but a ``pyproject.toml`` that names ``server.app:app``,
+``client.app:app`` and the run's settings, so that every process imports the installed packages.
+"""
+
+import json
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+from flwr.cli.build import build_fab_from_disk
+from flwr.common.serde import fab_to_proto
+from flwr.proto.control_pb2 import ListNodesRequest, ListRunsRequest, StartRunRequest
+from flwr.proto.control_pb2_grpc import ControlStub
+from flwr.proto.federation_config_pb2 import SimulationConfig
+from flwr.supercore.fab import Fab
+
+from hawthorn.engines._tail import LineTail
+from server.federation import OnRound
+from server.record import RoundRecord
+from tasks.errors import EngineError
+
+POLL = 0.1  # seconds between looks at a run
+LOOPBACK = [
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 200),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+]
+
+
+def toml_value(value: bool | int | float | str) -> str:
+    """Return a scalar as TOML; text never holds a bare double quote, so that Flower's key=value reader takes it too."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    return '"' + re.sub(r'[\\"\x00-\x1f\x7f]', lambda match: f"\\u{ord(match[0]):04x}", value) + '"'
+
+
+def key_values(settings: Mapping[str, bool | int | float | str]) -> str:
+    """Return settings as ``key=value key="text"``, the form of ``--node-config`` and ``--run-config``."""
+    return " ".join(f"{key}={toml_value(value)}" for key, value in settings.items())
+
+
+def app_pyproject(
+    settings: Mapping[str, bool | int | float | str],
+    serverapp: str = "server.app:app",
+    clientapp: str = "client.app:app",
+) -> str:
+    """Return the ``pyproject.toml`` of an app without code: its two components and the run's settings."""
+    lines = ["[project]", 'name = "hawthorn-run"', 'version = "1.0.0"', 'description = "A run of Hawthorn"']
+    lines += ['license = "Apache-2.0"', "", "[tool.flwr.app]", 'publisher = "hawthorn"', ""]
+    lines += ["[tool.flwr.app.components]", f"serverapp = {toml_value(serverapp)}"]
+    lines += [f"clientapp = {toml_value(clientapp)}", "", "[tool.flwr.app.config]"]
+    lines += [f"{json.dumps(key)} = {toml_value(value)}" for key, value in settings.items()]
+    return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands: ``pending``, ``starting``, ``running`` or ``finished``; how it finished; why."""
+
+    status: str
+    outcome: str
+    details: str
+
+
+class SuperLink:
+    """Client of a SuperLink's Control API on loopback."""
+
+    def __init__(self, address: str) -> None:
+        self.channel = grpc.insecure_channel(address, options=LOOPBACK)
+        self.stub: Any = ControlStub(self.channel)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.channel.close()
+
+    def is_up(self) -> bool:
+        """Return whether the Control API answers."""
+        try:
+            self.stub.ListRuns(ListRunsRequest(), timeout=1.0)
+        except grpc.RpcError:
+            return False
+        return True
+
+    def num_online(self) -> int:
+        """Return how many SuperNodes are online."""
+        return sum(node.status == "online" for node in self.stub.ListNodes(ListNodesRequest(), timeout=10.0).nodes_info)
+
+    def start_run(self, app: Path, simulation: Mapping[str, Any] | None = None) -> int:
+        """Submit the app in a folder, with settings of the simulation if there is one; return the run's id."""
+        content = build_fab_from_disk(app)
+        config = SimulationConfig(**simulation) if simulation is not None else None
+        request = StartRunRequest(fab=fab_to_proto(Fab("", content, {})), override_federation_config=config)
+        try:
+            response = self.stub.StartRun(request, timeout=30.0)
+        except grpc.RpcError as error:
+            raise EngineError(f"the SuperLink refused the run: {error}") from error
+        if not response.HasField("run_id"):
+            raise EngineError(f"the SuperLink refused the run: {response.note or 'no reason given'}")
+        return response.run_id
+
+    def state(self, run_id: int) -> RunState:
+        """Return where a run stands."""
+        status = self.stub.ListRuns(ListRunsRequest(run_id=run_id), timeout=10.0).run_dict[run_id].status
+        return RunState(status.status, status.sub_status, status.details)
+
+
+def follow(
+    superlink: SuperLink,
+    run_id: int,
+    rounds: LineTail[RoundRecord],
+    on_round: OnRound,
+    watch: Callable[[], None],
+    startup_timeout: float,
+) -> RunState:
+    """Report finished rounds until the run ends; `watch` is called at every look and may raise `EngineError`."""
+    deadline = time.monotonic() + startup_timeout
+    while True:
+        watch()
+        try:
+            state = superlink.state(run_id)
+        except grpc.RpcError as error:
+            watch()  # says it better if the SuperLink died
+            raise EngineError(f"lost the SuperLink: {error}") from error
+        rounds.read(on_round)
+        if state.status == "finished":
+            return state
+        if state.status != "running" and time.monotonic() > deadline:
+            raise EngineError(f"the run is still {state.status!r} after {startup_timeout:g} s")
+        time.sleep(POLL)
