@@ -34,6 +34,7 @@ OnRound = Callable[[RoundRecord], None]
 def run_federation(config: RunConfig, grid: Grid, on_round: OnRound | None = None) -> None:
     """Run, or resume, all rounds of a federation over `grid` and write its record."""
     config.resolve_components()
+    torch.set_num_threads(1)  # sums in one order on every engine; evaluation uses all cores, its counts allow it
     task = load(config)
     start = read_model(Path(config.from_model), task.layout) if config.from_model else None
     if config.resume:
@@ -46,10 +47,22 @@ def run_federation(config: RunConfig, grid: Grid, on_round: OnRound | None = Non
         federation = Federation(config, task, grid, writer)
         federation.run(vector, last, on_round)
     except BaseException as error:
-        writer.write_header(status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+        writer.write_header(status="interrupted" if stopped else "failed")
         raise
     finally:
         writer.close()
+
+
+def preflight(config: RunConfig) -> None:
+    """Raise what would go wrong at the start: missing data, a model or trigger that does not fit, a bad start model."""
+    config.resolve_components()
+    task = load(config)
+    if config.from_model:
+        read_model(Path(config.from_model), task.layout)
+    triggered = read_attack(config.attack).triggered
+    inputs, labels = task.dataset.batch("test", slice(0, 2))
+    task.build_model().eval()(inputs if triggered is None else triggered(inputs, labels)[0])
 
 
 class Federation:

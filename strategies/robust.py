@@ -81,7 +81,7 @@ class RobustStrategy(FedAvg):
         The messages outlive the round's deadline on purpose: a late reply tells that its sender is free again.
         """
         from_record(arrays, self.layout, self.model)
-        available = self.population.refresh(grid, self.round_timeout)
+        available = self.population.refresh(grid)
         sampled = self.sample(available, server_round)
         self.outcome = RoundOutcome(server_round, sampled=sampled)
         content = RecordDict({"arrays": arrays, "config": ConfigRecord({**config, "server-round": server_round})})
