@@ -57,7 +57,7 @@ class RobustStrategy(FedAvg):
         max_update_norm: float = 1e6,
         round_timeout: float = 600.0,
     ) -> None:
-        super().__init__(fraction_evaluate=0.0, min_available_nodes=1, min_train_nodes=1, min_evaluate_nodes=0)
+        super().__init__(min_available_nodes=1, min_train_nodes=1, min_evaluate_nodes=1)
         if client_weights == "claimed" and not isinstance(rule.function, WeightRule):
             raise ConfigError(f"client-weights = claimed needs a rule that weighs clients; {rule.name} does not")
         self.rule, self.layout, self.population, self.sample = rule, layout, population, sample

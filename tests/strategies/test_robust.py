@@ -208,6 +208,22 @@ def test_two_nodes_cannot_claim_one_client():
     assert robust.population.node_of[1] == 200
 
 
+def test_a_node_that_came_back_waits_until_its_old_self_is_gone():
+    grid = FakeGrid(2, lambda c, m: answer_with(torch.full((SIZE,), float(c)))(m))
+    robust = strategy(2)
+    play(robust, grid)
+    old = robust.population.node_of[1]
+    grid.nodes[300] = 1  # restarted, while the old node's heartbeat has not lapsed yet
+    play(robust, grid, number=2)
+    assert robust.population.node_of[1] == old
+    del grid.nodes[old]
+    asked = sum(kind == "query.whoami" for kind, _ in grid.asked)
+    play(robust, grid, number=3)
+    assert robust.outcome.clients == [0, 1]
+    assert robust.population.node_of[1] == 300
+    assert sum(kind == "query.whoami" for kind, _ in grid.asked) == asked  # its first answer was kept
+
+
 def test_replies_to_other_messages_are_ignored():
     def forge(client, message):
         reply = answer_with(torch.ones(SIZE))(message)
