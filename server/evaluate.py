@@ -6,20 +6,18 @@ counts as wrong. ASR = accepted and predicted as the attacker wants / all sample
 one is a failure.
 """
 
-import contextlib
 import os
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
 
 from client.attack import Triggered
 from tasks.params import bind
 from tasks.task import Task
 
-BATCH = 500  # a few MB of activations: faster on a CPU than larger batches
+BATCH = 200  # small activations stay in the cache; each batch is one thread's, so no core waits for another
 
 
 @dataclass(frozen=True)
@@ -45,42 +43,47 @@ class Evaluator:
         bind(self.model, task.layout, self.vector)
         self.model.eval()
 
-    @torch.no_grad()
     def __call__(self, vector: Tensor) -> Metrics:
-        """Measure the model `vector` ([params]) on the whole test split."""
+        """Measure the model `vector` ([params]) on the whole test split, batches spread over all cores."""
         self.vector.copy_(vector)
-        clean_right, clean_conf, attack_hit, attack_conf = [], [], [], []
-        loss, total = 0.0, len(self.task.dataset.test_labels)
-        with _all_cores():
-            for start in range(0, total, BATCH):
-                inputs, labels = self.task.dataset.batch("test", slice(start, start + BATCH))
-                logits = self.model(inputs)
-                loss += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
-                predicted, confidence = _predict(logits)
-                clean_right.append(predicted == labels)
-                clean_conf.append(confidence)
-                if self.triggered is not None:
-                    attacked, wanted, counts = self.triggered(inputs, labels)
-                    predicted, confidence = _predict(self.model(attacked[counts]))
-                    attack_hit.append(predicted == wanted[counts])
-                    attack_conf.append(confidence)
-        right, sure = torch.cat(clean_right), torch.cat(clean_conf)
-        acc, acc_all = _rate(right & (sure >= self.tau)), _rate(right)
+        total = len(self.task.dataset.test_labels)
+        starts = range(0, total, BATCH)
+        with ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            parts = list(pool.map(self._batch, starts))
+        loss, right, sure, hit, hit_sure = (list(column) for column in zip(*parts, strict=True))
+        clean_right, clean_sure = torch.cat(right), torch.cat(sure)
+        acc, acc_all = _rate(clean_right & (clean_sure >= self.tau)), _rate(clean_right)
         asr = asr_all = auc = None
         if self.triggered is not None:
-            hit, hit_sure = torch.cat(attack_hit), torch.cat(attack_conf)
-            asr, asr_all = _rate(hit & (hit_sure >= self.tau)), _rate(hit)
-            auc = confidence_auc(sure, hit_sure)
-        return Metrics(acc, asr, loss / max(total, 1), acc_all, asr_all, auc)
+            attack_hit, attack_sure = torch.cat(hit), torch.cat(hit_sure)
+            asr, asr_all = _rate(attack_hit & (attack_sure >= self.tau)), _rate(attack_hit)
+            auc = confidence_auc(clean_sure, attack_sure)
+        return Metrics(acc, asr, sum(loss) / max(total, 1), acc_all, asr_all, auc)
+
+    @torch.no_grad()
+    def _batch(self, start: int) -> tuple[float, Tensor, Tensor, Tensor, Tensor]:
+        """Return (summed loss, clean right, clean confidence, attack hit, attack confidence) of one batch."""
+        inputs, labels = self.task.dataset.batch("test", slice(start, start + BATCH))
+        logits = self.model(inputs)
+        loss = float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+        predicted, confidence = _predict(logits)
+        right, hit, hit_confidence = predicted == labels, labels[:0] > 0, confidence[:0]
+        if self.triggered is not None:
+            attacked, wanted, counts = self.triggered(inputs, labels)
+            predicted, hit_confidence = _predict(self.model(attacked[counts]))
+            hit = predicted == wanted[counts]
+        return loss, right, confidence, hit, hit_confidence
 
 
 def confidence_auc(clean: Tensor, attacked: Tensor) -> float | None:
     """Return P(clean confidence > attacked confidence), ties half: the ROC curve's area; None if one is empty."""
     if not len(clean) or not len(attacked):
         return None
-    ranks = rankdata(torch.cat([clean, attacked]).double().numpy())
-    above = ranks[: len(clean)].sum() - len(clean) * (len(clean) + 1) / 2
-    return float(above / (len(clean) * len(attacked)))
+    others = attacked.double().sort().values
+    below = torch.searchsorted(others, clean.double(), side="left") + torch.searchsorted(
+        others, clean.double(), side="right"
+    )  # those below, plus those not above: ties count half
+    return float(below.double().mean() / (2 * len(others)))
 
 
 def _predict(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,14 +95,3 @@ def _predict(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def _rate(hits: Tensor) -> float:
     return float(hits.double().mean()) if len(hits) else 0.0
-
-
-@contextlib.contextmanager
-def _all_cores() -> Iterator[None]:
-    """Use every core while evaluating: no client trains at that time, and the counts do not depend on it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

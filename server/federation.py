@@ -34,7 +34,7 @@ OnRound = Callable[[RoundRecord], None]
 def run_federation(config: RunConfig, grid: Grid, on_round: OnRound | None = None) -> None:
     """Run, or resume, all rounds of a federation over `grid` and write its record."""
     config.resolve_components()
-    torch.set_num_threads(1)  # sums in one order on every engine; evaluation uses all cores, its counts allow it
+    torch.set_num_threads(1)  # sums in one order on every engine
     task = load(config)
     start = read_model(Path(config.from_model), task.layout) if config.from_model else None
     if config.resume:

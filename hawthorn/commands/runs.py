@@ -109,7 +109,7 @@ def _run_one(console: Console, module: Any, config: RunConfig, verbose: bool, do
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    begin = time.perf_counter()
+    begin, told = time.perf_counter(), set()
     with Progress(
         *columns, TextColumn("{task.fields[status]}"), console=console, disable=not console.is_terminal
     ) as progress:
@@ -118,7 +118,7 @@ def _run_one(console: Console, module: Any, config: RunConfig, verbose: bool, do
         def on_round(record: RoundRecord) -> None:
             progress.update(bar, completed=record.round, status=_line(record))
             if record.skipped or record.dropped:
-                _tell_drops(progress.console, record)
+                _tell_drops(progress.console, record, told)
             if not console.is_terminal:
                 console.print(
                     f"{config.name}  round {record.round}/{config.num_rounds}  {_line(record)}", soft_wrap=True
@@ -144,15 +144,16 @@ def _line(record: RoundRecord) -> str:
     return "  ".join([*parts, f"{record.seconds:.2f} s"])
 
 
-def _tell_drops(console: Console, record: RoundRecord) -> None:
-    for client, reason in list(record.dropped.items())[:5]:
-        console.print(
-            f"round {record.round}: client {client} dropped: {reason}", style="yellow", markup=False, soft_wrap=True
-        )
-    if len(record.dropped) > 5:
-        console.print(f"round {record.round}: {len(record.dropped) - 5} more dropped; see rounds.jsonl", style="yellow")
+def _tell_drops(console: Console, record: RoundRecord, told: set[tuple[str, str]]) -> None:
+    """Print drops and skips; what happens to a client again and again is printed the first time only."""
+    for client, reason in record.dropped.items():
+        if (kind := (client, reason[:24])) not in told:
+            told.add(kind)
+            text = f"round {record.round}: client {client} dropped: {reason}"
+            console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
     if record.skipped:
-        console.print(f"round {record.round} skipped: {record.skipped}", style="yellow", markup=False, soft_wrap=True)
+        text = f"round {record.round} skipped: {record.skipped}"
+        console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _finish(console: Console, records: list[RunRecord], title: str, folder: Path | None) -> None:
