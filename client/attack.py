@@ -5,6 +5,7 @@ inputs are triggered, so that the server measures the attack success rate with t
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -35,6 +36,7 @@ class Attack:
 NO_ATTACK = Attack(lambda trainer: trainer)
 
 
+@functools.lru_cache(maxsize=64)
 def read_attack(text: str) -> Attack:
     """Return the attack that a text such as ``patch_backdoor(target=2) | scale_update(factor=10)`` names."""
     attack = NO_ATTACK

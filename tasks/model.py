@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from tasks.models._init import initialise
-from tasks.models._layers import set_dropout_generator
+from tasks.models._layers import SeededDropout, set_dropout_generator
 
-__all__ = ["Builder", "build", "initialise", "set_dropout_generator"]
+__all__ = ["Builder", "SeededDropout", "build", "initialise", "set_dropout_generator"]
 
 
 class Builder(Protocol):

@@ -70,14 +70,16 @@ def hyper_parameters(function: Callable[..., typing.Any]) -> dict[str, inspect.P
     return {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
+@functools.lru_cache(maxsize=256)
 def resolve(kind: str, text: str) -> Component:
-    """Return the one component that `text` names, its arguments checked; raises `SpecError`."""
+    """Return the one component that `text` names, its arguments checked; raises `SpecError`. It is shared."""
     components = resolve_chain(kind, text)
     if len(components) != 1:
         raise SpecError(f"{kind} wants exactly one component, got {len(components)} in {text!r}")
     return components[0]
 
 
+@functools.lru_cache(maxsize=256)
 def resolve_chain(kind: str, text: str) -> tuple[Component, ...]:
     """Return the components of a chain ``a(...) | b(...)`` in order; an empty text is an empty chain."""
     if not text.strip():

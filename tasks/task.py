@@ -3,7 +3,6 @@
 import functools
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from tasks import spec
@@ -52,8 +51,7 @@ def load_dataset(text: str, data_dir: str) -> Dataset:
 def _load(dataset_text: str, model_text: str, partition_text: str, num_clients: int, seed: int, data_dir: str) -> Task:
     dataset = load_dataset(dataset_text, data_dir)
     model = spec.resolve("model", model_text)
-    with torch.device("meta"):
-        layout = Layout.of(model(dataset.input_shape, dataset.num_classes))
+    layout = Layout.of(build(model, dataset.input_shape, dataset.num_classes, generator(seed, "model")))
     dealer = spec.resolve("partition", partition_text)
     partition = tuple(dealer(dataset, num_clients, generator(seed, "partition")))
     if len(partition) != num_clients:

@@ -7,6 +7,7 @@ made once per shape, a vector is cut into views, and a well-formed reply is read
 
 import functools
 import io
+import math
 import typing
 
 import numpy as np
@@ -64,7 +65,7 @@ def _read(name: str, array: "Array", shape: tuple[int, ...]) -> np.ndarray:
     if array.stype != STYPE:
         raise WireError(f"{name} is serialised as {str(array.stype)[:40]!r}, wanted {STYPE!r}")
     header = npy_header(shape)
-    wanted = len(header) + 4 * int(np.prod(shape, dtype=np.int64))
+    wanted = len(header) + 4 * math.prod(shape)
     if len(array.data) == wanted and array.data.startswith(header):
         return np.frombuffer(array.data, dtype="<f4", offset=len(header))
     if len(array.data) > wanted + 1024:

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from client.trainer import LocalJob, LocalResult
 from tasks.errors import SpecError
-from tasks.model import set_dropout_generator
+from tasks.model import SeededDropout, set_dropout_generator
 
 # torch.optim's own kernels: one call for all parameters of a model
 foreach_add, foreach_mul = torch._foreach_add_, torch._foreach_mul_  # pyright: ignore[reportPrivateImportUsage]
@@ -40,7 +40,8 @@ def sgd(
     if lr < 0 or epochs < 0 or batch_size < 1 or (steps is not None and steps < 0):
         raise SpecError(f"sgd wants lr, epochs, steps >= 0, batch_size >= 1; got {lr}, {epochs}, {steps}, {batch_size}")
     job.model.train()
-    set_dropout_generator(job.model, job.generator("dropout"))
+    if any(isinstance(module, SeededDropout) for module in job.model.modules()):
+        set_dropout_generator(job.model, job.generator("dropout"))
     parameters: list[Tensor] = list(job.model.parameters())
     shuffle, poison = job.generator("shuffle"), job.generator("poison")
     buffers: list[Tensor] = []

@@ -12,11 +12,12 @@ import os
 import pickle
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
-from typing import Any
+from typing import Any, cast
 
 import torch
 from flwr.app import Context, Error, Message, RecordDict
@@ -31,6 +32,8 @@ from server.federation import OnRound, run_federation
 from tasks.config import RunConfig
 from tasks.task import load
 
+IN_FLIGHT = 2  # messages a worker has at once, so that it never waits for the next one
+SMALL = 16384  # bytes that a pipe takes whether or not the other side reads
 CLIENT_EXCEPTION, CLIENT_CRASHED = 2, 8  # Flower's error codes for what a strategy sees
 
 
@@ -43,11 +46,11 @@ def run(config: RunConfig, on_round: OnRound | None = None, on_message: Callable
 
 @dataclass
 class Worker:
-    """A forked process, its pipe, and the message it is working on."""
+    """A forked process, its pipe, and the messages it was given, the one it works on first."""
 
     process: ForkProcess
     pipe: Connection
-    busy: Message | None = None
+    given: deque[Message] = field(default_factory=deque)
     holds: int | None = None  # id of the content it got last in this round
 
 
@@ -89,38 +92,47 @@ class InProcessGrid(Grid):
         replies: list[Message] = []
         for worker in self.pool:
             worker.holds = None
+        for worker in self.pool * IN_FLIGHT:
             self._give(worker, queue, packed)
-        while busy := [w for w in self.pool if w.busy is not None]:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            ready = wait([w.pipe for w in busy], left)
+        while busy := {w.pipe: w for w in self.pool if w.given}:
+            ready = wait(list(busy), None if deadline is None else max(0.0, deadline - time.monotonic()))
             if not ready:
-                for worker in busy:
+                for worker in busy.values():
                     self._replace(worker)
                 break
-            for worker in busy:
-                if worker.pipe in ready:
-                    replies.append(self._take(worker))
-                    self._give(worker, queue, packed)
+            for pipe in ready:
+                worker = busy[cast(Connection, pipe)]
+                replies.append(self._take(worker, queue))
+                while self._give(worker, queue, packed):
+                    pass
         return replies
 
-    def _give(self, worker: Worker, queue: list[Message], packed: dict[int, bytes]) -> None:
-        worker.busy = queue.pop() if queue else None
-        if worker.busy is None:
-            return
-        key, meta = id(worker.busy.content), worker.busy.metadata
+    def _give(self, worker: Worker, queue: list[Message], packed: dict[int, bytes]) -> bool:
+        """Send a worker the next message; False if there is none, or it must not be sent while the worker is busy.
+
+        A busy worker is sent only what the pipe's buffer takes: with both sides writing, nobody would read.
+        """
+        if not queue or len(worker.given) >= IN_FLIGHT:
+            return False
+        key, meta = id(queue[-1].content), queue[-1].metadata
         if key not in packed:
-            packed[key] = pickle.dumps(worker.busy.content, protocol=5)
-        content = None if key == worker.holds else packed[key]
+            packed[key] = pickle.dumps(queue[-1].content, protocol=5)
+        content, state = None if key == worker.holds else packed[key], self.states.get(meta.dst_node_id)
+        if worker.given and len(content or b"") + len(state or b"") > SMALL:
+            return False
+        worker.given.append(queue.pop())
         worker.holds = key
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a dead worker shows when its reply is read
-            worker.pipe.send((content, _fields(meta), self.states.get(meta.dst_node_id)))
+            worker.pipe.send((content, _fields(meta), state))
+        return True
 
-    def _take(self, worker: Worker) -> Message:
-        message = worker.busy
-        assert message is not None
+    def _take(self, worker: Worker, queue: list[Message]) -> Message:
+        """Return a worker's next reply; if it died, its first message failed and the others go back to the queue."""
+        message = worker.given.popleft()
         try:
             content, error, state = worker.pipe.recv()
         except (EOFError, ConnectionResetError):
+            queue.extend(reversed(worker.given))
             code = self._replace(worker)
             return Message(Error(CLIENT_CRASHED, f"the client's process ended with exit code {code}"), reply_to=message)
         if state is not None:
@@ -146,12 +158,12 @@ class InProcessGrid(Grid):
     def _replace(self, worker: Worker) -> int | None:
         code = self._end(worker)
         fresh = self._fork()
-        worker.process, worker.pipe, worker.holds, worker.busy = fresh.process, fresh.pipe, None, None
+        worker.process, worker.pipe, worker.given, worker.holds = fresh.process, fresh.pipe, deque(), None
         return code
 
     def _end(self, worker: Worker) -> int | None:
         worker.pipe.close()
-        if worker.busy is not None:
+        if worker.given:
             worker.process.kill()
         worker.process.join(5)
         if worker.process.is_alive():

@@ -8,6 +8,8 @@ first fifth (rounded) of a permutation by NumPy's legacy generator with seed 0 i
 1,438 samples train and 359 test; inside a split the original order is kept.
 """
 
+import importlib.util
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -35,11 +37,9 @@ def digits(source: DataSource, *, size: Literal[8, 28] = 8) -> Dataset:
 
     The 8x8 pixels are the original whole numbers 0..16 with scale 1/16, so nothing is rounded.
     """
-    from sklearn.datasets import load_digits  # imports slowly, so only when it is used
-
-    images, classes = load_digits(return_X_y=True)
-    pixels = torch.from_numpy(images).reshape(-1, 1, 8, 8)
-    labels = torch.from_numpy(classes).long()
+    table = _table()
+    pixels = torch.from_numpy(table[:, :-1]).reshape(-1, 1, 8, 8)
+    labels = torch.from_numpy(table[:, -1]).long()
     if size == 28:
         resized = functional.interpolate(pixels / 16, size=(28, 28), mode="bilinear", align_corners=False)
         inputs, scale = resized.mul(255).round().to(torch.uint8), 1 / 255
@@ -47,6 +47,18 @@ def digits(source: DataSource, *, size: Literal[8, 28] = 8) -> Dataset:
         inputs, scale = pixels.to(torch.uint8), 1 / 16
     test = _test_mask(labels)
     return Dataset("digits", inputs[~test], labels[~test], inputs[test], labels[test], num_classes=10, scale=scale)
+
+
+def _table() -> np.ndarray:
+    """Return scikit-learn's table, [1797, 64 pixels + label], without importing it if its file is found: 1 s less."""
+    package = importlib.util.find_spec("sklearn")
+    for folder in (package.submodule_search_locations or []) if package else []:
+        if (path := Path(folder) / "datasets" / "data" / "digits.csv.gz").is_file():
+            return np.loadtxt(path, delimiter=",")
+    from sklearn.datasets import load_digits
+
+    images, classes = load_digits(return_X_y=True)
+    return np.column_stack([images, classes])
 
 
 def _test_mask(labels: Tensor) -> Tensor:

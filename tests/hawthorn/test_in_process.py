@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -101,6 +102,31 @@ def test_a_worker_that_dies_costs_one_reply(config, monkeypatch):
     for r in record.rounds:
         assert r.clients == [0, 1, 2, 4, 5]
         assert r.dropped == {"3": "error 8: the client's process ended with exit code 9"}
+
+
+def test_large_states_and_contents_never_block_both_sides(config):
+    """Each client keeps a megabyte of state: neither side may write while the other does."""
+    import numpy as np
+    from flwr.app import Array, ArrayRecord
+
+    from client.app import app
+    from hawthorn.engines.in_process import InProcessGrid
+    from server.federation import run_federation
+
+    def keeping(message, context):
+        seen = context.state["kept"]["rounds"].numpy()[0] if "kept" in context.state else 0
+        context.state["kept"] = ArrayRecord({"rounds": Array(np.full(300_000, seen + 1, np.float32))})
+        reply = app(message, context)
+        if message.metadata.message_type == "train":
+            reply.content["metrics"]["seen"] = float(seen)
+        return reply
+
+    config = config.replace(workers=2, num_clients=8, num_rounds=3, round_timeout=20.0)
+    with InProcessGrid(keeping, config) as grid:
+        run_federation(config, grid)
+        states = [pickle.loads(state) for state in grid.states.values()]  # noqa: S301
+    assert [s["kept"]["rounds"].numpy()[0] for s in states] == [4.0] * 8  # whoami and three rounds
+    assert all(r.clients == list(range(8)) for r in read_run(config.run_folder).rounds)
 
 
 def test_a_hung_client_costs_no_more_than_the_round_timeout(config, monkeypatch):
