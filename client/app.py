@@ -37,8 +37,6 @@ def whoami(message: Message, context: Context) -> Message:
     """Answer with this client's id and role; the server uses the id to name it, the role for the record only."""
     me = identify(read_config(context), context)
     answer = ConfigRecord({"client": me.client, "role": "malicious" if me.malicious else "benign"})
-    if isinstance(size := context.node_config.get("num-partitions"), int):
-        answer["federation-size"] = size
     return Message(RecordDict({"whoami": answer}), reply_to=message)
 
 
@@ -78,9 +76,8 @@ def current_attack(config: RunConfig, me: Identity, job: LocalJob) -> Attack:
     """Return what a client does besides honest training in this round: nothing, unless its schedule says attack."""
     if not me.malicious:
         return NO_ATTACK
-    listed = me.client in config.malicious_ids
-    ranks = config.component("attack_schedule")().attackers(job.round, job.num_attackers if listed else job.rank + 1)
-    return read_attack(me.attack) if job.rank in ranks else NO_ATTACK
+    schedule = config.component("attack_schedule")()
+    return read_attack(me.attack) if schedule.attacks(me.client, config.malicious_ids, job.round) else NO_ATTACK
 
 
 def identify(config: RunConfig, context: Context) -> Identity:

@@ -15,8 +15,9 @@ from torch import Tensor
 from client.trainer import BatchTransform, LocalJob, LocalResult, LocalTrainer
 from tasks import spec
 
-# (inputs [n, ...], labels [n]) -> (inputs as attacked, labels the attacker wants [n], which samples count [n] bool)
-Triggered: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+# (inputs [n, ...], labels [n], number of classes) ->
+# (inputs as attacked, labels the attacker wants [n], which samples the attack applies to [n] bool)
+Triggered: TypeAlias = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """The command line: `hawthorn run`, `list`, `report`, `compare`, `replay`, `data`."""
 
 import csv
+import importlib.metadata
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,20 +13,36 @@ import typer
 from rich.console import Console
 
 from hawthorn.commands import data, listing, runs
+from hawthorn.engines import QUIET
 from tasks.errors import HawthornError
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
     help="Federated learning that defends itself and proves it.",
 )
 app.add_typer(data.app, name="data")
-console = Console(width=None if sys.stdout.isatty() else 160)  # a pipe or a file has no width of its own
-errors = Console(stderr=True)
+# A pipe or a file has no width of its own; what is printed may be foreign text, so markup stays text.
+console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
+errors = Console(stderr=True, markup=False, highlight=False)
 
 RunsArgument = Annotated[list[Path], typer.Argument(help="Run folders, or folders of experiments with several arms.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"hawthorn {importlib.metadata.version('hawthorn')}, flwr {importlib.metadata.version('flwr')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show versions.")
+    ] = False,
+) -> None:
+    """Federated learning that defends itself and proves it."""
 
 
 @app.command()
@@ -120,16 +138,14 @@ def replay(
 
 def main() -> None:
     """Entry point: errors that Hawthorn raises on purpose are printed without a traceback."""
-    for key, value in runs.QUIET.items():
+    for key, value in QUIET.items():
         os.environ.setdefault(key, value)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the record says "interrupted"
     try:
         app()
     except HawthornError as error:
-        errors.print(f"error: {error}", style="bold red", soft_wrap=True, markup=False, highlight=False)
+        errors.print(f"error: {error}", style="bold red", soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        errors.print("stopped; continue with: hawthorn run --resume RUN-FOLDER", soft_wrap=True)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

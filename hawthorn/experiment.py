@@ -12,6 +12,7 @@ A file without `[arms]` is one run; a flat file of settings, as Flower's run con
 """
 
 import dataclasses
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ def read_experiment(
         if arm not in arms:
             raise ConfigError(f"{path} has no arm {arm!r}; it has: {', '.join(arms) or 'none'}")
         arms = {"": arms[arm]}
+    if wrong := [label for label in arms if label and not re.fullmatch(r"\w[\w.+=@-]*", label)]:
+        raise ConfigError(f"{path}: an arm's name is made of letters, digits and . _ - + = @, got {wrong[0]!r}")
     title = str(content.get("title", path.stem))
     base = name or str(overrides.get("name", shared.get("name", path.stem)))
     runs = []

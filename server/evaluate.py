@@ -56,7 +56,8 @@ class Evaluator:
         asr = asr_all = auc = None
         if self.triggered is not None:
             attack_hit, attack_sure = torch.cat(hit), torch.cat(hit_sure)
-            asr, asr_all = _rate(attack_hit & (attack_sure >= self.tau)), _rate(attack_hit)
+            if len(attack_hit):
+                asr, asr_all = _rate(attack_hit & (attack_sure >= self.tau)), _rate(attack_hit)
             auc = confidence_auc(clean_sure, attack_sure)
         return Metrics(acc, asr, sum(loss) / max(total, 1), acc_all, asr_all, auc)
 
@@ -69,7 +70,7 @@ class Evaluator:
         predicted, confidence = _predict(logits)
         right, hit, hit_confidence = predicted == labels, labels[:0] > 0, confidence[:0]
         if self.triggered is not None:
-            attacked, wanted, counts = self.triggered(inputs, labels)
+            attacked, wanted, counts = self.triggered(inputs, labels, self.task.dataset.num_classes)
             predicted, hit_confidence = _predict(self.model(attacked[counts]))
             hit = predicted == wanted[counts]
         return loss, right, confidence, hit, hit_confidence

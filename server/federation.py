@@ -1,7 +1,9 @@
 """The round loop: sample, train, aggregate, evaluate, record; the same for every engine."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -22,7 +24,7 @@ from strategies.population import Population
 from strategies.robust import RobustStrategy
 from strategies.sampling import forced_clients, sample_clients
 from tasks.config import RunConfig
-from tasks.errors import EngineError
+from tasks.errors import EngineError, RecordError
 from tasks.params import digest
 from tasks.schedule import Schedule
 from tasks.task import Task, load
@@ -48,21 +50,11 @@ def run_federation(config: RunConfig, grid: Grid, on_round: OnRound | None = Non
         federation.run(vector, last, on_round)
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-        writer.write_header(status="interrupted" if stopped else "failed")
+        with contextlib.suppress(RecordError):  # the disk may be what failed; the first error says it
+            writer.write_header(status="interrupted" if stopped else "failed")
         raise
     finally:
         writer.close()
-
-
-def preflight(config: RunConfig) -> None:
-    """Raise what would go wrong at the start: missing data, a model or trigger that does not fit, a bad start model."""
-    config.resolve_components()
-    task = load(config)
-    if config.from_model:
-        read_model(Path(config.from_model), task.layout)
-    triggered = read_attack(config.attack).triggered
-    inputs, labels = task.dataset.batch("test", slice(0, 2))
-    task.build_model().eval()(inputs if triggered is None else triggered(inputs, labels)[0])
 
 
 class Federation:
@@ -109,14 +101,15 @@ class Federation:
         evaluated = number % self.config.eval_every == 0 or number == self.config.num_rounds
         metrics = self.evaluate(vector) if evaluated else None
         end = time.perf_counter()
-        malicious = {*self.config.malicious_ids, *self.population.malicious}
+        malicious, listed = self._malicious(), self.config.malicious_ids
+        attacking = [c for c in outcome.sampled if c in malicious and self.schedule.attacks(c, listed, number)]
         record = RoundRecord(
             round=number,
             **(_rounded(metrics) if metrics else {"acc": None, "asr": None}),
             seconds=round(end - begin, 4),
             sampled=outcome.sampled,
             malicious=[c for c in outcome.sampled if c in malicious],
-            attacking=[c for c in outcome.sampled if c in self._attackers(number)],
+            attacking=attacking,
             clients=outcome.clients,
             dropped={str(c): reason for c, reason in sorted(outcome.dropped.items())},
             weights=outcome.weights,
@@ -139,27 +132,24 @@ class Federation:
         forced = forced_clients(self.schedule, self.config.malicious_ids, number)
         return sample_clients(available, self.config.num_sampled, seed=self.config.seed, round=number, forced=forced)
 
-    def _attackers(self, number: int) -> set[int]:
-        """The clients that attack in a round: by schedule, and malicious processes the settings do not list, always."""
-        listed = self.config.malicious_ids
-        ranks = self.schedule.attackers(number, len(listed))
-        return {listed[rank] for rank in ranks} | (self.population.malicious - set(listed))
+    def _malicious(self) -> set[int]:
+        """The malicious clients: those of the settings and those that say so, but no process that runs as benign."""
+        roles = self.population.roles
+        listed = {client for client in self.config.malicious_ids if roles.get(client) != "benign"}
+        return listed | {client for client, role in roles.items() if role == "malicious"}
 
     def _wait_for_clients(self) -> None:
         """Wait until every client is here, or the startup timeout; go on with those that are, if any."""
         deadline, wanted = time.monotonic() + self.config.startup_timeout, self.config.num_clients
-        while len(here := self.population.refresh(self.grid, self.config.startup_timeout)) < wanted:
-            if (size := self.population.federation_size) is not None and size <= len(here):
-                log(WARNING, "the federation has %d clients, num-clients is %d; going on with those", size, wanted)
+        while len(here := self.population.refresh(self.grid)) < wanted:
+            complete = has_fixed_members(self.grid) and len(here) == len(list(self.grid.get_node_ids()))
+            if complete or time.monotonic() > deadline:
                 break
-            if time.monotonic() > deadline:
-                if len(here) < self.config.min_replies:
-                    raise EngineError(
-                        f"only {len(here)} of {wanted} clients came up in {self.config.startup_timeout:g} s"
-                    )
-                log(WARNING, "only %d of %d clients came up; going on with those", len(here), wanted)
-                break
-            time.sleep(0.2)
+            time.sleep(0.1)
+        if len(here) < min(wanted, self.config.min_replies):
+            raise EngineError(f"only {len(here)} of {wanted} clients came up in {self.config.startup_timeout:g} s")
+        if len(here) < wanted:
+            log(WARNING, "only %d of %d clients are here (num-clients); going on with those", len(here), wanted)
         log(INFO, "%d of %d clients are here", len(here), wanted)
 
     def _facts(self) -> dict[str, object]:
@@ -170,7 +160,8 @@ class Federation:
             "test_samples": len(dataset.test_labels),
             "num_params": self.task.layout.num_params,
             "client_sizes": [len(share) for share in self.task.partition],
-            "malicious_clients": sorted({*self.config.malicious_ids, *self.population.malicious}),
+            "clients_here": len(self.population.node_of),
+            "malicious_clients": sorted(self._malicious()),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "flwr": importlib.metadata.version("flwr"),
@@ -178,5 +169,12 @@ class Federation:
         }
 
 
+def has_fixed_members(grid: Grid) -> bool:
+    """Whether no further node will ever come: so in Flower's simulation and in the in-process engine."""
+    return type(grid).__name__ in ("InMemoryGrid", "InProcessGrid")
+
+
 def _rounded(metrics: Metrics) -> dict[str, float | None]:
-    return {k: None if v is None else round(v, 6) for k, v in dataclasses.asdict(metrics).items()}
+    """Return the metrics for the record, None where there is no finite number (a broken model has no loss)."""
+    values = dataclasses.asdict(metrics)
+    return {k: None if v is None or not math.isfinite(v) else round(v, 6) for k, v in values.items()}

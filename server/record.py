@@ -10,11 +10,13 @@ The checkpoint is written first and renamed into place; the line of `rounds.json
 the two writes loses nothing: opening for resumption appends the missing line and cuts a half-written one.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import json
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -99,12 +101,16 @@ def read_run(folder: Path) -> RunRecord:
         config = RunConfig.read({**values["settings"], "name": values["settings"]["name"]})
     except (ConfigError, KeyError) as error:
         raise RecordError(f"{folder}/run.json: {error}") from None
-    lines = _whole_lines(folder / "rounds.jsonl")
+    path = folder / "rounds.jsonl"
+    try:
+        rounds = [RoundRecord.from_json(line) for line in _whole_lines(path)]
+    except RecordError as error:
+        raise RecordError(f"{path}: {error}") from None
     return RunRecord(
         folder,
         config,
         values["status"],
-        [RoundRecord.from_json(line) for line in lines],
+        rounds,
         values.get("initial"),
         values["facts"],
     )
@@ -113,11 +119,8 @@ def read_run(folder: Path) -> RunRecord:
 def _read_header(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     if not path.exists():
-        near = (
-            ", ".join(sorted(str(p.parent) for p in folder.parent.glob("**/run.json"))[:8])
-            if folder.parent.exists()
-            else ""
-        )
+        beside = [p for pattern in ("*/run.json", "*/*/run.json") for p in folder.parent.glob(pattern)]
+        near = ", ".join(sorted(str(p.parent) for p in beside)[:8])
         raise RecordError(f"{folder} is no run folder (it has no run.json); there are: {near or 'none beside it'}")
     try:
         values = json.loads(path.read_text())
@@ -141,8 +144,9 @@ class RunWriter:
 
     def __init__(self, config: RunConfig, layout: Layout) -> None:
         self.config, self.layout, self.folder = config, layout, config.run_folder
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.folder)
+        with _disk(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         self.header: dict[str, Any] = {
             "schema": SCHEMA,
             "status": "running",
@@ -155,7 +159,8 @@ class RunWriter:
         """Start a new record; an earlier run of the same name is moved aside, never overwritten."""
         set_aside(config.run_folder)
         writer = RunWriter(config, layout)
-        (writer.folder / "rounds.jsonl").write_text("")
+        with _disk(writer.folder):
+            (writer.folder / "rounds.jsonl").write_text("")
         writer.write_header()
         return writer
 
@@ -185,7 +190,7 @@ class RunWriter:
             self._store(f"models/round-{record.round:05d}.safetensors", self.layout.split(vector))
         line = json.dumps(dataclasses.asdict(record), allow_nan=False)
         self._store("checkpoint.safetensors", {"vector": vector}, {"line": line})
-        with (self.folder / "rounds.jsonl").open("a") as file:
+        with _disk(self.folder), (self.folder / "rounds.jsonl").open("a") as file:
             _write_down(file, line + "\n")
 
     def finish(self, vector: Tensor, **facts: Any) -> None:
@@ -216,10 +221,11 @@ class RunWriter:
 
     def _store(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
         path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        save_file({k: v.contiguous().clone() for k, v in tensors.items()}, partial, metadata)
-        os.replace(partial, path)
+        with _disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({k: v.contiguous().clone() for k, v in tensors.items()}, partial, metadata)
+            os.replace(partial, path)
 
 
 def read_updates(folder: Path, round: int) -> tuple[list[int], Tensor]:
@@ -244,17 +250,26 @@ def read_model(path: Path, layout: Layout) -> Tensor:
     if wrong := {n for n in wanted.keys() | came.keys() if wanted.get(n) != came.get(n)}:
         details = ", ".join(f"{n}: wanted {wanted.get(n)}, came {came.get(n)}" for n in sorted(wrong)[:4])
         raise ConfigError(f"{path} does not fit the model of this run: {details}")
-    return layout.join(tensors)
+    vector = layout.join(tensors)
+    if not bool(torch.isfinite(vector).all()):
+        raise ConfigError(f"{path} holds values that are not finite")
+    return vector
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Rename an existing run folder to the first free NAME.1, NAME.2, ...; returns the new path."""
+    """Move an existing run folder to ``earlier/NAME.1``, ``earlier/NAME.2``, ... beside it; returns the new path.
+
+    Raises `RecordError` while another process writes that run.
+    """
     if not (folder / "run.json").exists():
         return None
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
-    folder.rename(aside)
+    lock, number = _lock(folder), 1
+    with lock, _disk(folder):
+        earlier = folder.parent / "earlier"
+        earlier.mkdir(exist_ok=True)
+        while (aside := earlier / f"{folder.name}.{number}").exists():
+            number += 1
+        folder.rename(aside)
     return aside
 
 
@@ -269,13 +284,27 @@ def _check_same(before: RunConfig, now: RunConfig) -> None:
 
 
 def _lock(folder: Path) -> TextIO:
-    file = (folder / ".lock").open("w")
+    """Take the lock of a run's name; it lies beside the folder, so that it stays when the folder is moved."""
+    with _disk(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        file = (folder.parent / f".{folder.name}.lock").open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.close()
         raise RecordError(f"another process is writing {folder}; wait for it or choose another --name") from None
     return file
+
+
+@contextlib.contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    """Turn what a disk refuses (full, read-only, gone) into a `RecordError` that says what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise RecordError(
+            f"cannot write {path}: {error}; finished rounds are safe: make room, then hawthorn run --resume RUN-FOLDER"
+        ) from error
 
 
 def _write_down(file: TextIO, text: str) -> None:
@@ -286,8 +315,9 @@ def _write_down(file: TextIO, text: str) -> None:
 
 def _replace(path: Path, content: bytes) -> None:
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with _disk(path):
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)

@@ -49,12 +49,12 @@ def claimed_examples(reply: Message) -> float | str:
     if not isinstance(metrics, MetricRecord) or "num-examples" not in metrics:
         return "reply claims no num-examples"
     claim = metrics["num-examples"]
-    if isinstance(claim, list) or not math.isfinite(claim) or not 0 < claim <= MAX_CLAIM:
+    if isinstance(claim, list) or not math.isfinite(claim) or not 1 <= claim <= MAX_CLAIM:
         return f"claimed num-examples {shorten(str(claim))} is not in 1 to {MAX_CLAIM}"
     return float(claim)
 
 
 def shorten(text: str | None, length: int = 160) -> str:
-    """Return foreign text on one line, cut to `length`."""
-    line = " ".join(str(text or "").split())
+    """Return foreign text on one line of printable characters (no terminal escapes, no bidi marks), cut to `length`."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(text or "")).split())
     return line if len(line) <= length else line[: length - 1] + "…"

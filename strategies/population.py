@@ -1,7 +1,9 @@
 """The federation's clients: node ids come and go, client ids stay.
 
-A node id is random for every process start (unless SuperNodes are authenticated), so each new node is asked once who
-it is. The answer is what the client claims: of two nodes that claim one id the later waits until the earlier is gone.
+A node id is random for every process start (unless SuperNodes are authenticated), so each new node is asked who it is.
+Nothing here waits: questions are sent in one round and answers collected in a later one, so that a node which never
+answers costs nobody time. The answer is the node's claim; of two nodes that claim one client the later one waits until
+the earlier is gone.
 """
 
 from collections.abc import Iterable
@@ -11,70 +13,94 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
 
-ASK_TIMEOUT = 30.0  # seconds a round waits for a new node to say who it is
+from strategies.checks import shorten
+
+MAX_QUESTIONS = 3  # a node that answers with errors is asked so often
+LONGEST_REST = 64  # rounds
 
 
 class Population:
-    """Maps node ids to client ids, asks new nodes for theirs, and remembers who owes a reply."""
+    """Maps node ids to client ids, asks new nodes for theirs, and remembers who owes a reply or rests."""
 
     def __init__(self, num_clients: int) -> None:
         self.num_clients = num_clients
-        self.client_of: dict[int, int] = {}  # node id -> client id, of every node ever accepted
+        self.client_of: dict[int, int] = {}  # node id -> client id, of every node accepted, in order of acceptance
         self.node_of: dict[int, int] = {}  # client id -> node id, of the clients that are here now
-        self.malicious: set[int] = set()  # clients that say they are malicious; for the record only
-        self.owing: dict[int, str] = {}  # node id -> id of the message it has not answered
-        self.federation_size: int | None = None  # how many clients there are, as the clients themselves say
+        self.roles: dict[int, str] = {}  # client id -> role it says it has; for the record only
+        self.owing: dict[int, str] = {}  # node id -> id of the message it has not answered in time
+        self._asked: dict[int, str] = {}  # node id -> id of the question it has not answered yet
+        self._questions: dict[int, int] = {}  # node id -> how often it was asked
         self._refused: set[int] = set()  # nodes whose answer was no client id
         self._waiting: dict[int, ConfigRecord] = {}  # node id -> its answer, while another node is that client
+        self._misses: dict[int, int] = {}  # client id -> deadlines missed so far
+        self._rest: dict[int, int] = {}  # client id -> rounds it still sits out
 
-    def refresh(self, grid: Grid, timeout: float = ASK_TIMEOUT) -> list[int]:
-        """Return the clients that are here and owe no reply, sorted; new nodes are asked who they are."""
+    def refresh(self, grid: Grid) -> list[int]:
+        """Return the clients that are here, owe no reply and do not rest, sorted; never waits."""
         here = set(grid.get_node_ids())
-        self._settle(grid)
-        self._waiting = {node: answer for node, answer in self._waiting.items() if node in here}
+        self._forget(here)
+        self._collect(grid, here)
         for node, answer in list(self._waiting.items()):
             self._admit(node, answer, here)
-        known = self.client_of.keys() | self._refused | self._waiting.keys() | self.owing.keys()
-        if new := sorted(here - known):
-            self._ask(grid, new, timeout, here)
-        self.node_of = {self.client_of[n]: n for n in sorted(here & self.client_of.keys()) if self._current(n)}
-        return sorted(client for client, node in self.node_of.items() if node not in self.owing)
+        known = self.client_of.keys() | self._refused | self._waiting.keys() | self._asked.keys()
+        self._ask(grid, sorted(here - known))
+        self._collect(grid, here)  # engines that answer at once have answered
+        self.node_of = {client: node for node, client in self.client_of.items() if node in here}
+        return sorted(c for c, node in self.node_of.items() if node not in self.owing and not self._rest.get(c))
 
-    def missed(self, node: int, message_id: str) -> None:
-        """Note that a node did not answer in time: it is not asked again until it has, as nodes work one by one."""
-        self.owing[node] = message_id
+    def end_round(self, missed: dict[int, str]) -> None:
+        """Note who did not answer in time (node id -> message id); everybody's rest gets a round shorter.
 
-    def _current(self, node: int) -> bool:
-        """A client that came back as a new node is the newest one accepted under its id."""
-        newest = [n for n, client in self.client_of.items() if client == self.client_of[node]][-1]
-        return newest == node
+        Such a client is not asked again until its late reply has come, as nodes work one message at a time, and then
+        sits out 1, 2, 4, ... rounds: one that is late again and again cannot make every round wait.
+        """
+        self._rest = {client: left - 1 for client, left in self._rest.items() if left > 1}
+        for node, message_id in missed.items():
+            client = self.client_of[node]
+            self.owing[node] = message_id
+            self._misses[client] = self._misses.get(client, 0) + 1
+            self._rest[client] = min(2 ** (self._misses[client] - 1), LONGEST_REST)
 
-    def _settle(self, grid: Grid) -> None:
-        """Collect late replies; they are too late to use, but their senders are free again."""
-        if self.owing:
-            late = {reply.metadata.reply_to_message_id for reply in grid.pull_messages(set(self.owing.values()))}
-            self.owing = {node: message for node, message in self.owing.items() if message not in late}
+    def _forget(self, here: set[int]) -> None:
+        """Drop what concerns nodes that are gone."""
+        for book in (self.owing, self._asked, self._waiting, self._questions):
+            for node in book.keys() - here:
+                del book[node]
+        self._refused &= here
 
-    def _ask(self, grid: Grid, nodes: Iterable[int], timeout: float, here: set[int]) -> None:
-        sent = [Message(RecordDict(), node, "query.whoami") for node in nodes]
-        replies = list(grid.send_and_receive(sent, timeout=timeout))
-        owner = {message.metadata.message_id: message.metadata.dst_node_id for message in sent}
-        for reply in sorted(replies, key=lambda r: owner.get(r.metadata.reply_to_message_id, 0)):
-            node = owner.pop(reply.metadata.reply_to_message_id, None)
-            if node is not None:
-                self._hear(node, reply, here)
-        for message_id, node in owner.items():
-            log(WARNING, "node %s did not say who it is within %.0f s", node, timeout)
-            self.missed(node, message_id)
+    def _ask(self, grid: Grid, nodes: Iterable[int]) -> None:
+        questions = [Message(RecordDict(), node, "query.whoami") for node in nodes]
+        if questions:
+            grid.push_messages(questions)
+        for question in questions:
+            node = question.metadata.dst_node_id
+            self._asked[node] = question.metadata.message_id
+            self._questions[node] = self._questions.get(node, 0) + 1
+
+    def _collect(self, grid: Grid, here: set[int]) -> None:
+        """Take answers to questions, and late replies: too late to use, but their senders are free again."""
+        expected = {message: node for book in (self._asked, self.owing) for node, message in book.items()}
+        if not expected:
+            return
+        replies = {reply.metadata.reply_to_message_id: reply for reply in grid.pull_messages(list(expected))}
+        for message_id, node in sorted(expected.items(), key=lambda item: item[1]):
+            if message_id not in replies:
+                continue
+            self.owing.pop(node, None)
+            if self._asked.pop(node, None) is not None:
+                self._hear(node, replies[message_id], here)
 
     def _hear(self, node: int, reply: Message, here: set[int]) -> None:
-        answer = reply.content.get("whoami") if reply.has_content() else None
+        if reply.has_error():
+            if self._questions[node] >= MAX_QUESTIONS:
+                self._refuse(node, f"it answers with errors: {shorten(reply.error.reason)}")
+            return
+        answer = reply.content.get("whoami")
         client = answer.get("client") if isinstance(answer, ConfigRecord) else None
         if not isinstance(answer, ConfigRecord) or not isinstance(client, int) or isinstance(client, bool):
-            reason = reply.error.reason if reply.has_error() else f"it claims to be {str(client)[:40]!r}"
-            self._refuse(node, str(reason)[:200])
+            self._refuse(node, f"it claims to be {shorten(repr(client), 40)}")
         elif not 0 <= client < self.num_clients:
-            self._refuse(node, f"it claims client {str(client)[:40]}, clients are 0 to {self.num_clients - 1}")
+            self._refuse(node, f"it claims client {client}, clients are 0 to {self.num_clients - 1} (num-clients)")
         else:
             self._admit(node, answer, here)
 
@@ -92,12 +118,6 @@ class Population:
             return
         self._waiting.pop(node, None)
         self.client_of[node] = client
-        self._note(client, answer)
+        self.roles[client] = "malicious" if answer.get("role") == "malicious" else "benign"
         if self.num_clients <= 16:
             log(INFO, "client %d is node %s", client, node)
-
-    def _note(self, client: int, answer: ConfigRecord) -> None:
-        if answer.get("role") == "malicious":
-            self.malicious.add(client)
-        if isinstance(size := answer.get("federation-size"), int):
-            self.federation_size = max(size, self.federation_size or 0)

@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
-from strategies.checks import claimed_examples, read_update, update_norm
+from strategies.checks import claimed_examples, read_update, shorten, update_norm
 from strategies.population import Population
 from strategies.rule import WeightRule, weighted_sum
 from tasks.errors import AggregationError, ConfigError
@@ -109,10 +109,12 @@ class RobustStrategy(FedAvg):
         outcome.updates = stack
         metrics = MetricRecord({"usable-replies": len(stack), "dropped-replies": len(outcome.dropped)})
         aggregate = self._try_rule(stack, claims)
-        if aggregate is None:
+        model = None if aggregate is None else self._step(aggregate)
+        if model is None:
+            outcome.weights, outcome.aggregate_norm = None, 0.0
             log(WARNING, "round %d skipped, the model stays: %s", server_round, outcome.skipped)
             return None, metrics
-        self.model = torch.add(self.model, aggregate.to(torch.float32), alpha=self.server_lr)
+        self.model = model
         return to_record(self.model, self.layout), metrics
 
     def _try_rule(self, stack: Tensor, claims: list[float]) -> Tensor | None:
@@ -126,10 +128,21 @@ class RobustStrategy(FedAvg):
             self.outcome.skipped = str(error)
             return None
         self.outcome.aggregate_norm = update_norm(aggregate)
-        if not math.isfinite(self.outcome.aggregate_norm):
-            self.outcome.skipped, self.outcome.aggregate_norm = "the aggregate is not finite", 0.0
-            return None
         return aggregate
+
+    def _step(self, aggregate: Tensor) -> Tensor | None:
+        """Return model + eta * aggregate ([params]), or None if that is not finite."""
+        model = torch.add(self.model, aggregate.to(torch.float32), alpha=self.server_lr)
+        for variance in self.variances(model):
+            variance.clamp_(min=0.0)  # a scaled update may overshoot below zero, where batch norm is not a number
+        if not math.isfinite(update_norm(model)):
+            self.outcome.skipped = "the new model is not finite"
+            return None
+        return model
+
+    def variances(self, model: Tensor) -> list[Tensor]:
+        """Return views of the running variances of batch norm in a model's vector."""
+        return [view for name, view in self.layout.split(model).items() if name.endswith("running_var")]
 
     def _aggregate(self, stack: Tensor, claims: list[float]) -> Tensor:
         if not isinstance(self.rule.function, WeightRule):
@@ -149,8 +162,8 @@ class RobustStrategy(FedAvg):
             node = sent.pop(reply.metadata.reply_to_message_id, None)
             if node is not None:
                 by_client[self.population.client_of[node]] = reply
-        for message_id, node in sent.items():
-            self.population.missed(node, message_id)
+        self.population.end_round({node: message_id for message_id, node in sent.items()})
+        for node in sent.values():
             self._drop(self.population.client_of[node], f"no reply within {self.round_timeout:g} s")
         if self._stack.dim() != 2 or len(self._stack) < len(by_client):
             self._stack = torch.empty(len(by_client), self.layout.num_params)
@@ -172,5 +185,5 @@ class RobustStrategy(FedAvg):
         self.outcome.norms.append(float(norm))
 
     def _drop(self, client: int, reason: str) -> None:
-        self.outcome.dropped[client] = reason
+        self.outcome.dropped[client] = reason = shorten(reason)
         log(WARNING, "round %d: client %d dropped: %s", self.outcome.round, client, reason)

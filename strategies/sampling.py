@@ -15,12 +15,18 @@ from tasks.schedule import Schedule
 def sample_clients(
     available: Sequence[int], count: int, *, seed: int, round: int, forced: Iterable[int] = ()
 ) -> list[int]:
-    """Return `count` of the available clients, sorted: the forced ones, then a uniform draw without replacement."""
-    pool = sorted(available)
-    first = [client for client in pool if client in set(forced)][:count]
-    rest = [client for client in pool if client not in set(first)]
-    order = torch.randperm(len(rest), generator=generator(seed, "sampling", round)).tolist()
-    return sorted(first + [rest[i] for i in order[: max(0, count - len(first))]])
+    """Return `count` of the available clients, sorted: the forced ones, then a uniform draw without replacement.
+
+    More forced clients than `count` are drawn from uniformly.
+    """
+    wanted = set(forced)
+    first = [client for client in sorted(available) if client in wanted]
+    rest = [client for client in sorted(available) if client not in wanted]
+    draws = generator(seed, "sampling", round)
+    if len(first) > count:
+        return sorted(first[i] for i in torch.randperm(len(first), generator=draws)[:count].tolist())
+    order = torch.randperm(len(rest), generator=draws)[: count - len(first)].tolist()
+    return sorted(first + [rest[i] for i in order])
 
 
 def forced_clients(schedule: Schedule, malicious: Sequence[int], round: int) -> list[int]:

@@ -59,7 +59,7 @@ class RunConfig:
     training: str = setting("sgd()", "local training of honest clients", kind="training")
     # the defence
     rule: str = setting("mean()", "aggregation rule", kind="rule")
-    server_lr: float = setting(1.0, "server step size eta on the aggregate", low=0.0)
+    server_lr: float = setting(1.0, "server step size eta on the aggregate", low=0.0, high=1e6)
     client_weights: str = setting(
         "uniform", "uniform, or claimed: weight by the sample counts clients claim", choices=("uniform", "claimed")
     )
@@ -140,8 +140,11 @@ class RunConfig:
     def _check_together(self) -> None:
         if self.clients_per_round > self.num_clients:
             raise ConfigError(f"clients-per-round is {self.clients_per_round}, but num-clients is {self.num_clients}")
-        if not re.fullmatch(r"[\w.+=@-]+(/[\w.+=@-]+)*", self.name) or ".." in self.name.split("/"):
-            raise ConfigError(f"name must be letters, digits, '.', '_', '-', '+', '=', '@' or '/', got {self.name!r}")
+        parts = self.name.split("/")
+        if not re.fullmatch(r"[\w.+=@-]+(/[\w.+=@-]+)*", self.name) or any(part.startswith(".") for part in parts):
+            raise ConfigError(
+                f"name must be of letters, digits and . _ - + = @ /, no part starting with '.', got {self.name!r}"
+            )
         if self.malicious_ids and not self.attack:
             raise ConfigError("malicious-clients are named, but attack is empty; set attack, for example 'sign_flip()'")
 
@@ -162,6 +165,8 @@ def parse_clients(text: str, num_clients: int, seed: int) -> tuple[int, ...]:
         if not (match := re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)):
             raise ConfigError(f"cannot read malicious-clients {text!r}: write ids as '0,3,7-9' or a share as '20%'")
         first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ConfigError(f"malicious-clients names the range {part.strip()!r}; write the smaller id first")
         if max(first, last) >= num_clients:
             raise ConfigError(
                 f"malicious-clients names client {max(first, last)}, but ids go from 0 to {num_clients - 1}"

@@ -1,6 +1,6 @@
 """When malicious clients attack: a fact of the experiment that server and clients agree on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
@@ -15,3 +15,9 @@ class Schedule:
 
     attackers: Callable[[int, int], frozenset[int]]
     forced: bool = True
+
+    def attacks(self, client: int, malicious: Sequence[int], round: int) -> bool:
+        """Whether a malicious client attacks in a round; one that the settings do not list attacks as if alone."""
+        if client in malicious:
+            return malicious.index(client) in self.attackers(round, len(malicious))
+        return 0 in self.attackers(round, 1)

@@ -90,8 +90,8 @@ def resolve_chain(kind: str, text: str) -> tuple[Component, ...]:
 def _parse(text: str) -> list[tuple[str, dict[str, typing.Any]]]:
     try:
         node = ast.parse(text.strip(), mode="eval").body
-    except SyntaxError as error:
-        raise SpecError(f"cannot read {text!r}: {error.msg}; write it as name(argument=value)") from None
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        raise SpecError(f"cannot read {text!r}: {error}; write it as name(argument=value)") from None
     parts: list[ast.expr] = []
     while isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         parts.append(node.right)
@@ -111,7 +111,7 @@ def _call(node: ast.expr, text: str) -> tuple[str, dict[str, typing.Any]]:
     for keyword in node.keywords:
         try:
             arguments[str(keyword.arg)] = ast.literal_eval(keyword.value)
-        except ValueError:
+        except (ValueError, TypeError, MemoryError, RecursionError):
             wanted = "a number, text, tuple, list, True, False or None"
             raise SpecError(f"cannot read {keyword.arg} in {text!r}: its value must be {wanted}") from None
     return node.func.id, arguments

@@ -6,15 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from hawthorn.engines import QUIET
 from tasks.config import RunConfig
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-for key, value in {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}.items():
+for key, value in QUIET.items():
     os.environ.setdefault(key, value)
 
 torch.set_num_threads(1)

@@ -57,7 +57,9 @@ def patch_backdoor(
         labels[:count] = target
         return inputs, labels
 
-    def triggered(inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def triggered(inputs: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+        if not 0 <= target < num_classes:
+            raise SpecError(f"patch_backdoor: target {target} is no class; classes are 0 to {num_classes - 1}")
         inputs = inputs.clone()
         stamp(inputs, patches)
         return inputs, torch.full_like(labels, target), labels != target

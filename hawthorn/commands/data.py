@@ -1,5 +1,6 @@
 """`hawthorn data list` and `hawthorn data prepare NAME`."""
 
+import sys
 from typing import Annotated
 
 import typer
@@ -8,7 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 app = typer.Typer(no_args_is_help=True, help="Show and prepare data sets.")
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
 
 DataDir = Annotated[str | None, typer.Option(help="Folder with data sets; else HAWTHORN_DATA.")]
 

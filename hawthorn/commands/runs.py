@@ -13,18 +13,10 @@ from rich.table import Table
 
 from hawthorn.engines import find_engine
 from hawthorn.experiment import read_experiment, read_overrides
-from server.federation import preflight
+from hawthorn.preflight import preflight
 from server.record import RoundRecord, RunRecord, read_run, set_aside
 from tasks.config import RunConfig
 from tasks.errors import EngineError, RecordError
-
-# Flower and Ray stay on this machine and quiet.
-QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
 
 
 def run(
@@ -43,9 +35,10 @@ def run(
     module = find_engine(engine)
     experiment = read_experiment(file, {**read_overrides(pairs), **given}, name=name, arm=arm)
     configs = [c.replace(runs_dir=str(Path(c.runs_dir).expanduser().resolve())) for c in experiment.runs]
-    console.print(f"{experiment.title}  [{engine}]", style="bold", markup=False)
+    console.print(f"{experiment.title}  [{engine}]", style="bold")
     for config in configs:
-        preflight(config)
+        for warning in preflight(config):
+            console.print(f"{config.name}: {warning}", style="yellow", soft_wrap=True)
     for config in configs:
         if aside := set_aside(config.run_folder):
             console.print(f"an earlier run of that name is now {aside}", soft_wrap=True)
@@ -124,7 +117,12 @@ def _run_one(console: Console, module: Any, config: RunConfig, verbose: bool, do
                     f"{config.name}  round {record.round}/{config.num_rounds}  {_line(record)}", soft_wrap=True
                 )
 
-        module.run(config, on_round, lambda text: progress.console.print(text, markup=False, soft_wrap=True))
+        try:
+            module.run(config, on_round, lambda text: progress.console.print(text, soft_wrap=True))
+        except KeyboardInterrupt:
+            progress.stop()
+            console.print(f"stopped; go on with: hawthorn run --resume {config.run_folder}", soft_wrap=True)
+            raise
     record = read_run(config.run_folder)
     if record.status != "finished":
         raise EngineError(f"the run is {record.status} after {len(record.rounds)} rounds; see {config.run_folder}")
@@ -133,6 +131,20 @@ def _run_one(console: Console, module: Any, config: RunConfig, verbose: bool, do
         soft_wrap=True,
     )
     return record
+
+
+def _doubts(record: RunRecord) -> list[str]:
+    """What makes a run's figures mean less than they seem to."""
+    doubts, rounds = [], record.rounds
+    if rounds and all(r.skipped for r in rounds):
+        doubts.append(f"every round was skipped, the model was never trained: {rounds[-1].skipped}")
+    attacks = [(r, client) for r in rounds for client in r.attacking]
+    if attacks and all(str(client) in r.dropped for r, client in attacks):
+        doubts.append("every attacking client's reply was dropped, so the attack had no part in the result")
+    here = record.facts.get("clients_here", record.config.num_clients)
+    if here < record.config.num_clients:
+        doubts.append(f"only {here} of {record.config.num_clients} clients took part")
+    return doubts
 
 
 def _line(record: RoundRecord) -> str:
@@ -150,18 +162,18 @@ def _tell_drops(console: Console, record: RoundRecord, told: set[tuple[str, str]
         if (kind := (client, reason[:24])) not in told:
             told.add(kind)
             text = f"round {record.round}: client {client} dropped: {reason}"
-            console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+            console.print(text, style="yellow", soft_wrap=True)
     if record.skipped:
         text = f"round {record.round} skipped: {record.skipped}"
-        console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        console.print(text, style="yellow", soft_wrap=True)
 
 
 def _finish(console: Console, records: list[RunRecord], title: str, folder: Path | None) -> None:
     if not records:
         raise RecordError("there is no run to report")
     for attack in dict.fromkeys(record.config.attack for record in records if record.config.attack):
-        console.print(f"attack: {attack}", markup=False, soft_wrap=True)
-    table = Table("run", "rule", "ACC", "ASR", "rounds", "dropped")
+        console.print(f"attack: {attack}", soft_wrap=True)
+    table = Table("run", "rule", "ACC", "ASR", "rounds", "dropped", "skipped")
     for record in records:
         last = record.final
         rates = [None, None] if last is None else [last.acc, last.asr]
@@ -171,8 +183,12 @@ def _finish(console: Console, records: list[RunRecord], title: str, folder: Path
             *("-" if rate is None else f"{100 * rate:.2f} %" for rate in rates),
             str(len(record.rounds)),
             str(sum(len(r.dropped) for r in record.rounds)),
+            str(sum(r.skipped is not None for r in record.rounds)),
         )
     console.print(table)
+    for record in records:
+        for warning in _doubts(record):
+            console.print(f"{record.name}: {warning}", style="bold yellow", soft_wrap=True)
     for record in records:
         last = record.final
         if last is not None and last.acc is not None:

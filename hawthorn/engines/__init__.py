@@ -8,6 +8,13 @@ from typing import Any
 
 from tasks.errors import ConfigError
 
+# Flower and Ray stay on this machine: no telemetry, no look for updates, no installing at run time.
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 ENGINES = ("in_process", "flower", "cluster")
 
 

@@ -24,17 +24,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hawthorn.engines import _launcher, _warm
+from hawthorn.engines import QUIET, _launcher, _warm
 from hawthorn.engines._endings import ENDING_SIGNALS, MARK, end_groups, end_marked, ignored_signals, interrupt, leave
 from tasks.errors import EngineError
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
-# Flower: no telemetry, no look for updates, no installing at run time. One thread per process: clients share the cores.
-QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
+# One thread per process: clients share the cores.
+VARIABLES = {
+    **QUIET,
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -63,7 +60,7 @@ def find_program(name: str) -> str:
 
 def environment(folder: Path) -> dict[str, str]:
     """Return the environment of a workplace's processes: quiet, offline, this installation's packages."""
-    result = {**os.environ, **QUIET, MARK: secrets.token_hex(16)}
+    result = {**os.environ, **VARIABLES, MARK: secrets.token_hex(16)}
     result["PATH"] = os.pathsep.join([str(folder / "bin"), result.get("PATH", os.defpath)])
     result["RAY_TMPDIR"] = str(folder)
     for key in ("no_proxy", "NO_PROXY"):  # a proxy must not see loopback traffic

@@ -64,6 +64,7 @@ class InProcessGrid(Grid):
         self.inline: dict[int, Context] = {}
         self.num_workers = config.workers or os.cpu_count() or 1
         self.pool: list[Worker] = []
+        self.replies: dict[str, Message] = {}  # to pushed messages, not pulled yet
         self._run = Run.create_empty(1)
         self._next_id = 0
 
@@ -193,14 +194,22 @@ class InProcessGrid(Grid):
         return range(1, self.config.num_clients + 1)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        raise RuntimeError("the in-process grid answers messages in send_and_receive")
+        """Run the messages now and keep the replies for `pull_messages`; return the messages' ids."""
+        sent = list(messages)
+        replies = self.send_and_receive(sent, timeout=self.config.round_timeout)
+        self.replies.update({reply.metadata.reply_to_message_id: reply for reply in replies})
+        return [message.metadata.message_id for message in sent]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Return an empty reply for each: a client that missed a deadline was ended, so it is free again."""
-        for message_id in message_ids:
-            message = Message(RecordDict(), 0, "train")
-            message.metadata.__dict__["_reply_to_message_id"] = message_id
-            yield message
+        """Return kept replies; a client that missed a deadline was ended, which frees it, as the error reply says."""
+        return [self.replies.pop(i, None) or _ended_reply(i) for i in message_ids]
+
+
+def _ended_reply(message_id: str) -> Message:
+    """An error that says a client was ended at its deadline, and so is free for the next message."""
+    message = Message(RecordDict(), 0, "train")
+    message.metadata.__dict__["_message_id"] = message_id
+    return Message(Error(CLIENT_CRASHED, "the client was ended at the deadline"), reply_to=message)
 
 
 def _reply(content: RecordDict | None, error: Error | None, message: Message) -> Message:

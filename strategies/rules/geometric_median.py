@@ -1,10 +1,15 @@
 """The geometric median (RFA): the point with the least sum of distances to the updates.
 
 Pillutla et al., "Robust Aggregation for Federated Learning", IEEE Transactions on Signal Processing 2022,
-algorithm 2, the smoothed Weiszfeld algorithm, with equal client shares: start at the mean, then weigh each
-update by 1 / max(nu, distance). Deviations: the iteration runs on weights, in n x n space, on a Gram matrix, so
-that the updates are read for that matrix and for the result alone; and since a step costs almost
-nothing, it runs until the weights rest, where the paper stops after three or four steps (`max_iterations`).
+section III: the objective smoothed by nu of algorithm 2, with equal client shares. Deviations, because three or
+four Weiszfeld steps from the mean leave each outlier a weight that falls only geometrically, which one long enough
+makes up for: the search starts at the update of least objective, and every step is the better of Weiszfeld's and
+Newton's. So each iterate x, the last one of a search cut short too, has no larger an objective than any update, and
+with f of n updates arbitrary that alone gives ||x - z|| <= 2 (n - f) / (n - 2f) max_honest ||x_i - z|| for each
+honest z = x_j (up to nu), the breakdown bound of Lopuhaa and Rousseeuw, Annals of Statistics 1991, theorem 2.2.
+
+All steps run on coefficients of the updates, in n x n space, on a Gram matrix: the updates are read for that matrix
+and for the result alone. A point is the sum of coefficients[i] x_i; an outlier's are as small as it is far.
 """
 
 import torch
@@ -14,40 +19,111 @@ from strategies.distances import majority_gram
 from strategies.rule import count_clients, weight_rule
 from tasks.errors import ConfigError
 
+FARTHEST_SQUARE = 1e300  # of float64 rows: sums of such squares do not overflow
+LENGTHS = 2.0 ** torch.arange(-8, 25)  # of steps, from cautious ones to ones that leave a tip of the objective
+TIE = 1e-9  # share of a typical distance by which the objectives of tied updates differ
+
 
 @weight_rule
 def geometric_median(
     updates: Tensor, *, nu: float = 1e-6, max_iterations: int = 200, tolerance: float = 1e-8
 ) -> Tensor:
-    """Weigh each update by its inverse distance to the median; stops when no weight moves more than `tolerance`.
+    """Weigh each update by its inverse distance to the median, where all unit vectors to updates sum to 0.
 
+    Stops when that sum is no longer than `tolerance`: as much as this share of one more client could pull.
     `nu`, in the unit of the updates, is the distance below which an update weighs no more than at it.
     """
     count_clients(updates)
     if nu <= 0 or max_iterations < 1 or tolerance < 0:
         given = f"nu = {nu}, max_iterations = {max_iterations}, tolerance = {tolerance}"
         raise ConfigError(f"geometric_median wants nu > 0, max_iterations >= 1 and tolerance >= 0, got {given}")
-    return weiszfeld(majority_gram(updates), nu, max_iterations, tolerance)
+    return median_weights(majority_gram(updates), nu, max_iterations, tolerance)
 
 
-def weiszfeld(products: Tensor, nu: float, max_iterations: int, tolerance: float) -> Tensor:
+def median_weights(products: Tensor, nu: float, max_iterations: int, tolerance: float) -> Tensor:
     """Return the weights (``[clients]``, sum 1) of the geometric median of points with these inner products."""
-    reachable = products.diagonal().isfinite()  # a float64 row above 1e154 is too far off to weigh anything
+    reachable = products.diagonal() <= FARTHEST_SQUARE  # a row farther off weighs nothing
     products = products.where(reachable[:, None] & reachable, 0.0)
-    weights = reachable.double() / reachable.sum()
+    point = least_update(products, reachable)
+    identity = torch.eye(len(point), dtype=point.dtype, device=point.device)
     for _ in range(max_iterations):
-        previous = weights
-        weights = reachable / distances_to_sum(products, weights).clamp(min=nu)
-        weights = weights / weights.sum()
-        if bool((weights - previous).abs().max() <= tolerance):
+        distances = distances_to(products, point)
+        pulls = reachable / distances.clamp(min=nu)
+        weiszfeld = pulls / pulls.sum() - point
+        if float(pulls.sum() * (weiszfeld @ products @ weiszfeld).clamp(min=0).sqrt()) <= tolerance:
             break
-    return weights
+        newton = newton_step(products, point, distances, weiszfeld, nu)
+        nearest = identity[distances.where(reachable, torch.inf).argmin()] - point
+        steps = torch.stack([weiszfeld, newton, nearest])
+        step, lower = best_step(products, point, distances, steps, reachable, nu)
+        if not lower:
+            break  # what is left is rounding
+        point = point + step
+    pulls = reachable / distances_to(products, point).clamp(min=nu)
+    return pulls / pulls.sum()
 
 
-def distances_to_sum(products: Tensor, weights: Tensor) -> Tensor:
-    """Return ||x_i - sum_j weights[j] x_j|| (``[clients]``) from the inner products of the x.
+def least_update(products: Tensor, reachable: Tensor) -> Tensor:
+    """Return the coefficients of the update with the least sum of distances to all, or of the mean of tied ones.
+
+    Sums are compared through differences to the origin's, in which distances to outliers do not drown the others.
+    """
+    squares = products.diagonal()
+    distances = (squares[:, None] + squares - 2 * products).clamp(min=0).sqrt()
+    both = distances + squares.sqrt()  # from update k, and from the origin, to update i
+    sums = (reachable * (squares[:, None] - 2 * products) / both.where(both > 0, 1.0)).sum(1)
+    sums = sums.where(reachable, torch.inf)
+    least = sums.argmin()
+    tied = sums <= sums[least] + TIE * distances[least].median()
+    return tied.double() / tied.sum()
+
+
+def newton_step(products: Tensor, point: Tensor, distances: Tensor, weiszfeld: Tensor, nu: float) -> Tensor:
+    """Return the step, in coefficients, to where the second-order model of the objective is least; NaN if it is flat.
+
+    With u_i the unit vector to x_i, the Hessian divided by the sum of pulls is I - U diag(b) U^T, and b is 0 below nu;
+    so the step s solves s = p + U diag(b) U^T s, for which U^T s is enough. p is Weiszfeld's step.
+    """
+    identity = torch.eye(len(point), dtype=point.dtype, device=point.device)
+    rays = identity - point
+    around = rays @ products @ rays.t()  # <x_i - point, x_j - point>
+    curved = torch.where(distances > nu, weiszfeld + point, 0.0).sqrt() / distances.clamp(min=nu)
+    factor, failed = torch.linalg.cholesky_ex(identity - curved[:, None] * around * curved)
+    along = curved * (rays @ (products @ weiszfeld))
+    bent = curved * torch.cholesky_solve(along[:, None], factor)[:, 0]
+    return torch.where(failed == 0, weiszfeld + bent - bent.sum() * point, torch.nan)
+
+
+def best_step(
+    products: Tensor, point: Tensor, distances: Tensor, steps: Tensor, reachable: Tensor, nu: float
+) -> tuple[Tensor, bool]:
+    """Return the multiple of one of `steps` (``[steps, clients]``) with the least objective, and if it is lower at all.
+
+    Compares sums of differences of distances, each of them to full accuracy however long the distances are.
+    """
+    lengths = LENGTHS.to(products)[:, None, None]
+    moves = steps @ products
+    along = moves - (moves @ point)[:, None]
+    growth = lengths.square() * (steps * moves).sum(1)[:, None] - 2 * lengths * along
+    after = (distances.square() + growth).clamp(min=0).sqrt()
+    far = (distances > nu) & (after > nu)
+    changes = torch.where(
+        far, growth / (distances + after).clamp(min=nu), smoothed(after, nu) - smoothed(distances, nu)
+    )
+    changes = (reachable * changes).sum(2).nan_to_num(nan=torch.inf)
+    length, best = divmod(int(changes.argmin()), len(steps))
+    return LENGTHS[length].item() * steps[best], bool(changes.min() < 0)
+
+
+def smoothed(distances: Tensor, nu: float) -> Tensor:
+    """Return the distances, with a parabola in place of the tip of the cone below `nu`."""
+    return torch.where(distances > nu, distances, distances.square() / (2 * nu) + nu / 2)
+
+
+def distances_to(products: Tensor, point: Tensor) -> Tensor:
+    """Return ||x_i - sum_j point[j] x_j|| (``[clients]``) from the inner products of the x.
 
     As a quadratic form of the difference of coefficients, which does not cancel when the sum is close to x_i.
     """
-    coefficients = weights - torch.eye(len(weights), dtype=weights.dtype, device=weights.device)
-    return ((coefficients @ products) * coefficients).sum(1).clamp(min=0).sqrt()
+    rays = point - torch.eye(len(point), dtype=point.dtype, device=point.device)
+    return ((rays @ products) * rays).sum(1).clamp(min=0).sqrt()

@@ -55,7 +55,7 @@ def test_dba_local_triggers_are_the_papers_cells(rank):
 
 def test_global_trigger_is_the_union():
     attack = read_attack("patch_backdoor()")
-    x, wanted, counts = attack.triggered(torch.zeros(20, 1, 28, 28), torch.arange(20) % 10)
+    x, wanted, counts = attack.triggered(torch.zeros(20, 1, 28, 28), torch.arange(20) % 10, 10)
     cells = {(r, c + i) for r, c in DBA.values() for i in range(4)}
     assert {tuple(cell) for cell in torch.nonzero(x[5, 0]).tolist()} == cells
     assert wanted.unique().tolist() == [2]
@@ -89,7 +89,9 @@ def test_label_flip():
     assert run_batch("label_flip()", job())["y"].tolist() == (9 - torch.arange(64) % 10).tolist()
     seen = run_batch("label_flip(source=1, target=7)", job())["y"]
     assert torch.equal(seen, torch.where(torch.arange(64) % 10 == 1, 7, torch.arange(64) % 10))
-    _, wanted, counts = read_attack("label_flip(source=1, target=7)").triggered(torch.zeros(10, 1), torch.arange(10))
+    _, wanted, counts = read_attack("label_flip(source=1, target=7)").triggered(
+        torch.zeros(10, 1), torch.arange(10), 10
+    )
     assert counts.tolist() == [i == 1 for i in range(10)]
     assert wanted[1] == 7
 
@@ -118,14 +120,22 @@ def test_train_with_overrides_only_what_it_names():
 
 
 @pytest.mark.parametrize(
+    "text", ["patch_backdoor(target=10)", "label_flip(target=-1)", "label_flip(source=12, target=1)"]
+)
+def test_labels_that_are_no_classes_are_refused(text):
+    with pytest.raises(SpecError, match="is no class; classes are 0 to 9"):
+        read_attack(text).triggered(torch.zeros(10, 1, 28, 28), torch.arange(10), 10)
+
+
+@pytest.mark.parametrize(
     ("text", "says"),
     [
         ("patch_backdoor(size=(0, 4))", "at least 1x1"),
         ("patch_backdoor(position=(26, 0))", "does not fit"),
         ("patch_backdoor(position=(0, 25))", "does not fit"),
         ("label_flip(source=3, target=3)", "must differ"),
-        ("corrupt_reply(kinds=('nan', 'nonsense'))", "there are: nan"),
-        ("corrupt_reply(kinds=())", "there are: nan"),
+        ("corrupt_reply(kinds=('nan', 'nonsense'))", "kinds: nan"),
+        ("corrupt_reply(kinds=())", "kinds: nan"),
     ],
 )
 def test_impossible_attacks_are_refused(text, says):

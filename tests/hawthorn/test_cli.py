@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -96,3 +97,47 @@ def test_errors_have_no_traceback_and_say_what_exists(words, says, tmp_path, mon
     assert done.returncode == 1
     assert says in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+
+
+def test_a_second_writer_is_refused_and_the_first_keeps_its_folder(tmp_path):
+    first = subprocess.Popen(
+        [sys.executable, "-m", "hawthorn.cli", "run", *QUICK, "--set", "num-rounds=4000", "--name", "same"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+    )
+    lines = tmp_path / "runs/same/undefended/rounds.jsonl"
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not (lines.exists() and lines.stat().st_size):
+            time.sleep(0.05)
+        second = hawthorn("run", *QUICK, "--name", "same", folder=tmp_path, check=False)
+        assert second.returncode == 1
+        assert "another process is writing" in " ".join(second.stderr.split())
+    finally:
+        first.terminate()
+        first.wait(30)
+    numbers = [json.loads(line)["round"] for line in lines.read_text().splitlines()]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert json.loads((tmp_path / "runs/same/undefended/run.json").read_text())["status"] == "interrupted"
+
+
+def test_an_earlier_run_is_kept_apart(finished):
+    folder, _ = finished
+    one = ["--arm", "undefended", "--name", "twice", "--no-report"]
+    hawthorn("run", *QUICK, *one, folder=folder)
+    assert "earlier/twice.1" in hawthorn("run", *QUICK, *one, folder=folder).stdout
+    assert len(json.loads(hawthorn("compare", "runs/twice", "--json", folder=folder).stdout)) == 1
+
+
+def test_hopeless_runs_are_said_to_be_hopeless(finished):
+    folder, _ = finished
+    attack = ["--set", "attack=corrupt_reply(kinds=('nan',))", "--arm", "undefended", "--no-report"]
+    done = hawthorn("run", *QUICK, *attack, "--name", "nan", folder=folder)
+    assert "every attacking client's reply was dropped" in done.stdout
+
+
+def test_paths_with_markup_and_spaces(tmp_path):
+    folder = tmp_path / "b [red]x ü"
+    done = hawthorn("run", *QUICK, "--arm", "defended", "--runs-dir", str(folder), folder=tmp_path)
+    assert "[red]" in done.stdout
+    assert (folder / "quickstart/report.html").exists()

@@ -1,4 +1,4 @@
-"""The three engines on the same federation: one seed, one model; and a process that is killed in the middle of a round."""
+"""The three engines on the same federation: one seed, one model; and a process killed in the middle of a round."""
 
 import json
 import os

@@ -79,7 +79,7 @@ def test_errors_say_what_exists(tmp_path, content, error, says):
 
 
 def test_unknown_files_and_arms(file):
-    with pytest.raises(ConfigError, match="shipped are: .*quickstart"):
+    with pytest.raises(ConfigError, match=r"shipped are: .*quickstart"):
         read_experiment("no-such", {})
     with pytest.raises(ConfigError, match="it has: plain, safe"):
         read_experiment(file, {}, arm="none")

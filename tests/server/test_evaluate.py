@@ -44,7 +44,7 @@ def test_acc_counts_rejected_as_wrong():
 def test_asr_over_samples_the_attack_applies_to():
     logits, labels = torch.zeros(6, 3), torch.tensor([0, 0, 1, 1, 2, 2])
 
-    def triggered(x, y):
+    def triggered(x, y, num_classes):
         x = x.clone()
         x[:3, 2] = 9.0  # a sure hit
         x[3, 2] = 0.1  # an unsure hit

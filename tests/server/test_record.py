@@ -105,15 +105,33 @@ def test_one_writer_at_a_time(config):
     writer, _ = write(config)
     with pytest.raises(RecordError, match="another process is writing"):
         RunWriter(config, LAYOUT)
+    with pytest.raises(RecordError, match="another process is writing"):
+        RunWriter.create(config, LAYOUT)  # would move the folder away under the first writer
+    assert set(config.run_folder.parent.glob("earlier/*")) == set()
+    writer.write_round(record(4), torch.full((6,), 4.0), None)
     writer.close()
+    assert [r.round for r in read_run(config.run_folder).rounds] == [1, 2, 3, 4]
     RunWriter(config, LAYOUT).close()
+
+
+def test_a_full_disk_says_so_and_keeps_finished_rounds(config, monkeypatch):
+    writer, _ = write(config)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("server.record.save_file", full)
+    with pytest.raises(RecordError, match=r"No space left.*--resume"):
+        writer.write_round(record(4), torch.full((6,), 4.0), None)
+    writer.close()
+    assert [r.round for r in read_run(config.run_folder).rounds] == [1, 2, 3]
 
 
 def test_an_earlier_run_is_set_aside_not_overwritten(config):
     write(config)[0].close()
     write(config, last=1)[0].close()
     assert len(read_run(config.run_folder).rounds) == 1
-    aside = config.run_folder.with_name("test.1")
+    aside = config.run_folder.parent / "earlier" / "test.1"
     assert [r.round for r in RoundRecordLines(aside)] == [1, 2, 3]
     assert set_aside(config.run_folder.with_name("nothing")) is None
 
@@ -152,6 +170,12 @@ def test_models_that_do_not_fit_say_why(config, tmp_path):
         ConfigError, match=r"b: wanted None, came \(2,\), c: wanted \(2,\), came None, w: wanted \(4, 1\)"
     ):
         read_model(config.run_folder / "model.safetensors", other)
+    broken = config.replace(name="broken")
+    writer = RunWriter.create(broken, LAYOUT)
+    writer.finish(torch.tensor([1.0, float("nan"), 1, 1, 1, 1]))
+    writer.close()
+    with pytest.raises(ConfigError, match="not finite"):
+        read_model(broken.run_folder / "model.safetensors", LAYOUT)
     (tmp_path / "junk.safetensors").write_bytes(os.urandom(100))
     with pytest.raises(ConfigError, match="cannot read model"):
         read_model(tmp_path / "junk.safetensors", LAYOUT)

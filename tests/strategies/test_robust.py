@@ -25,6 +25,7 @@ class FakeGrid:
     def __init__(self, num: int, answer, claims=None):
         self.nodes = {100 + 7 * i: i for i in range(num)}
         self.answer, self.claims, self.late, self.asked = answer, claims or {}, {}, []
+        self.mute, self.errors = set(), {}
 
     def get_node_ids(self):
         return list(self.nodes)
@@ -35,13 +36,23 @@ class FakeGrid:
             message.metadata.__dict__["_message_id"] = f"{message.metadata.message_type}-{len(self.asked)}-{i}"
             client = self.nodes[message.metadata.dst_node_id]
             self.asked.append((message.metadata.message_type, client))
-            if message.metadata.message_type == "query.whoami":
+            if message.metadata.message_type == "query.whoami" and client in self.mute:
+                continue
+            if message.metadata.message_type == "query.whoami" and self.errors.get(client, 0):
+                self.errors[client] -= 1
+                replies.append(Message(Error(2, "not yet"), reply_to=message))
+            elif message.metadata.message_type == "query.whoami":
                 claim = self.claims.get(client, client)
                 content = RecordDict({"whoami": ConfigRecord({"client": claim, "role": "benign"})})
                 replies.append(Message(content, reply_to=message))
             elif (reply := self.answer(client, message)) is not None:
                 replies.append(reply)
         return reversed(replies)
+
+    def push_messages(self, messages):
+        for reply in self.send_and_receive(messages):
+            self.late[reply.metadata.reply_to_message_id] = reply
+        return [message.metadata.message_id for message in messages]
 
     def pull_messages(self, message_ids):
         return [self.late.pop(i) for i in list(message_ids) if i in self.late]
@@ -185,13 +196,95 @@ def test_a_client_that_missed_the_deadline_is_not_asked_until_it_answers():
     play(robust, grid, number=2)
     assert robust.outcome.sampled == [0, 1, 3]
     assert not robust.outcome.dropped
+    play(robust, grid, number=3)
+    assert robust.outcome.sampled == [0, 1, 3]  # still silent
     message_id = next(iter(robust.population.owing.values()))
     late = Message(RecordDict(), 1, "train")
     late.metadata.__dict__["_reply_to_message_id"] = message_id
     grid.late[message_id] = late
     silent.clear()
-    play(robust, grid, number=3)
+    play(robust, grid, number=4)
     assert robust.outcome.sampled == [0, 1, 2, 3]
+
+
+def test_a_client_that_is_late_every_time_costs_ever_fewer_rounds():
+    """Each late reply comes right after its deadline: the client may be asked in rounds 1, 3, 6, 11, 20, ... only."""
+    late = []
+
+    def answer(client, message):
+        if client == 2:
+            late.append(message.metadata.message_id)
+            return None
+        return answer_with(torch.ones(SIZE))(message)
+
+    grid, waits = FakeGrid(4, answer), []
+    robust = strategy(4)
+    for number in range(1, 61):
+        play(robust, grid, number=number)
+        waits += [number] * bool(robust.outcome.dropped)
+        for message_id in late:
+            reply = Message(RecordDict(), 1, "train")
+            reply.metadata.__dict__["_reply_to_message_id"] = message_id
+            grid.late[message_id] = reply
+        late.clear()
+    assert waits == [1, 3, 6, 11, 20, 37]
+
+
+def test_a_mute_node_costs_nothing_and_an_error_is_no_refusal():
+    """Node 999 never says who it is; client 1 answers its first question with an error, then right."""
+    grid = FakeGrid(3, lambda c, m: answer_with(torch.ones(SIZE))(m))
+    grid.nodes[999] = 7
+    grid.mute, grid.errors = {7}, {1: 1}
+    robust = strategy(3)
+    play(robust, grid)
+    assert robust.outcome.sampled == [0, 2]
+    play(robust, grid, number=2)
+    assert robust.outcome.sampled == [0, 1, 2]
+    assert [client for kind, client in grid.asked if kind == "query.whoami"].count(7) == 1
+
+
+def test_a_client_whose_stand_in_left_is_itself_again():
+    """Client 1's node loses a heartbeat, another node takes its place and leaves: the first one must count again."""
+    grid = FakeGrid(2, lambda c, m: answer_with(torch.ones(SIZE))(m))
+    robust = strategy(2)
+    play(robust, grid)
+    old = robust.population.node_of[1]
+    grid.nodes = {n: c for n, c in grid.nodes.items() if n != old} | {300: 1}
+    play(robust, grid, number=2)
+    assert robust.population.node_of[1] == 300
+    grid.nodes = {n: c for n, c in grid.nodes.items() if n != 300} | {old: 1}
+    play(robust, grid, number=3)
+    assert robust.population.node_of[1] == old
+    assert robust.outcome.clients == [0, 1]
+
+
+@pytest.mark.parametrize("text", ["\x1b]0;owned\x07", "\x1b[2J", "a\nb", "\x9b31m", "\u202eevil"])
+def test_foreign_text_reaches_no_terminal(text):
+    robust = strategy(3)
+    play(
+        robust, FakeGrid(3, lambda c, m: Message(Error(2, text), reply_to=m) if c else answer_with(torch.ones(SIZE))(m))
+    )
+    assert all(reason.isprintable() for reason in robust.outcome.dropped.values())
+
+
+def test_a_model_that_would_not_be_finite_is_not_taken():
+    huge = torch.full((SIZE,), 3e38)
+    robust = strategy(3, max_update_norm=1e60, server_lr=1000.0)
+    arrays, _ = play(robust, FakeGrid(3, lambda c, m: answer_with(huge)(m)))
+    assert arrays is None
+    assert "not finite" in str(robust.outcome.skipped)
+    assert robust.outcome.weights is None
+    assert torch.equal(robust.model, torch.zeros(SIZE))
+
+
+def test_running_variances_stay_at_or_above_zero():
+    layout = Layout(("w", "bn.running_var"), ((2,), (3,)), 2)
+    robust = strategy(1, layout=layout)
+    content = RecordDict({"arrays": to_record(torch.tensor([-1.0, 1.0, -20.0, 0.5, -1.0]), layout)})
+    grid = FakeGrid(1, lambda c, m: Message(content, reply_to=m))
+    messages = list(robust.configure_train(1, to_record(torch.ones(5), layout), ConfigRecord(), grid))
+    robust.aggregate_train(1, grid.send_and_receive(messages))
+    assert robust.model.tolist() == [-1.0, 1.0, 0.0, 0.5, 0.0]
 
 
 def test_two_nodes_cannot_claim_one_client():

@@ -1,0 +1,89 @@
+"""What would go wrong only after training has begun, found before anything starts."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from client.app import workspace
+from client.attack import read_attack
+from client.trainer import LocalJob, honest
+from server.record import read_model
+from tasks.config import RunConfig
+from tasks.errors import AggregationError, ConfigError
+from tasks.rng import generator
+from tasks.spec import hyper_parameters
+from tasks.task import load
+
+WIDTH = 64  # parameters of the updates that the rule is tried on
+
+
+def preflight(config: RunConfig) -> list[str]:
+    """Raise `HawthornError` for settings that cannot work together; return warnings about those that look odd."""
+    config.resolve_components()
+    task = load(config)
+    if config.from_model:
+        read_model(Path(config.from_model), task.layout)
+    _try_rule(config)
+    _try_trigger(config)
+    _try_training(config)
+    return [*_odd_attack(config), *_odd_sizes(config)]
+
+
+def _try_rule(config: RunConfig) -> None:
+    """Aggregate as many random updates as a full round has."""
+    updates = torch.randn(config.num_sampled, WIDTH, generator=generator(config.seed, "preflight"))
+    try:
+        config.component("rule")(updates)
+    except AggregationError as error:
+        raise ConfigError(
+            f"rule {config.rule} cannot aggregate {config.num_sampled} replies a round: {error}"
+        ) from None
+
+
+def _try_trigger(config: RunConfig) -> None:
+    """Trigger two test inputs as the evaluation will, and run the model on them."""
+    task = load(config)
+    inputs, labels = task.dataset.batch("test", slice(0, 2))
+    if (triggered := read_attack(config.attack).triggered) is not None:
+        inputs = triggered(inputs, labels, task.dataset.num_classes)[0]
+    task.build_model().eval()(inputs)
+
+
+def _try_training(config: RunConfig) -> None:
+    """Take one step of training as an honest client and as the first malicious one, on a few samples."""
+    run, training = workspace(config), config.component("training")
+    run.start.copy_(run.task.initial_vector())
+    client = (*config.malicious_ids, 0)[0]
+    job = LocalJob(
+        dataset=run.task.dataset,
+        indices=run.task.partition[client][:4],
+        model=run.model,
+        layout=run.task.layout,
+        start=run.start,
+        vector=run.vector,
+        client=client,
+        round=1,
+        seed=config.seed,
+        num_attackers=len(config.malicious_ids),
+    )
+    step = {"steps": 1} if "steps" in hyper_parameters(training.function) else {}
+    for attack in ("", config.attack) if config.malicious_ids else ("",):
+        run.vector.copy_(run.start)
+        trainer = honest(dataclasses.replace(training, arguments={**training.arguments, **step}))
+        read_attack(attack)(trainer)(job)
+
+
+def _odd_attack(config: RunConfig) -> list[str]:
+    if not config.malicious_ids:
+        return []
+    schedule, malicious = config.component("attack_schedule")(), config.malicious_ids
+    rounds = range(1, config.num_rounds + 1)
+    if not any(schedule.attackers(number, len(malicious)) for number in rounds):
+        return [f"no attack falls into rounds 1 to {config.num_rounds}: attack-schedule is {config.attack_schedule}"]
+    return []
+
+
+def _odd_sizes(config: RunConfig) -> list[str]:
+    smallest = min(len(share) for share in load(config).partition)
+    return [f"partition {config.partition} leaves a client without samples"] if smallest == 0 else []
