@@ -1,11 +1,14 @@
 """A data set in memory: inputs, labels, and how a batch of it is read."""
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+VALUES_AT_ONCE = 1 << 19  # 2 MiB of float32 inputs
 Split = Literal["train", "test"]
 
 
@@ -40,4 +43,12 @@ class Dataset:
         inputs, labels = self.split(split)
         chosen = inputs[index] if isinstance(index, slice) else inputs.index_select(0, index)
         scaled = chosen.to(torch.float32, copy=isinstance(index, slice))
-        return (scaled.mul_(self.scale) if self.scale != 1.0 else scaled), labels[index]
+        chosen_labels = labels[index] if isinstance(index, slice) else labels.index_select(0, index)
+        return (scaled.mul_(self.scale) if self.scale != 1.0 else scaled), chosen_labels
+
+    def batches(self, split: Split, order: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the samples at `order` ([samples], int64) in batches of `size`; many are read at once."""
+        num_values = math.prod(self.input_shape)
+        for part in order.split(max(1, VALUES_AT_ONCE // (size * num_values)) * size):
+            inputs, labels = self.batch(split, part)
+            yield from zip(inputs.split(size), labels.split(size), strict=True)

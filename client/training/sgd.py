@@ -47,20 +47,20 @@ def sgd(
     buffers: list[Tensor] = []
     num_batches = math.ceil(len(job.indices) / batch_size)
     limit = epochs * num_batches if steps is None or num_batches == 0 else steps
-    done, total, base = 0, torch.zeros(()), lr * round_decay ** (job.round - 1)
+    done, losses, base = 0, list[Tensor](), lr * round_decay ** (job.round - 1)
     while done < limit:
         epoch = done // num_batches
         rate = base * decay_by ** sum(epoch >= share * epochs for share in decay_at)
-        order = job.indices[torch.randperm(len(job.indices), generator=shuffle)]
-        for index in order.split(batch_size)[: limit - done]:
-            inputs, labels = job.dataset.batch("train", index)
+        order = job.indices[torch.randperm(len(job.indices), generator=shuffle)[: (limit - done) * batch_size]]
+        for inputs, labels in job.dataset.batches("train", order, batch_size):
             for transform in job.batch_transforms:
                 inputs, labels = transform(inputs, labels, poison, job)
             loss = functional.cross_entropy(job.model(inputs), labels)
             _step(parameters, torch.autograd.grad(loss, parameters), buffers, rate, momentum, weight_decay)
-            total += loss.detach()
+            losses.append(loss.detach())
             done += 1
-    return LocalResult(job.vector, len(job.indices), float(total) / max(done, 1))
+    loss = float(torch.stack(losses).mean()) if losses else 0.0
+    return LocalResult(job.vector, len(job.indices), loss)
 
 
 @torch.no_grad()
