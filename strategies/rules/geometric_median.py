@@ -1,12 +1,12 @@
 """The geometric median (RFA): the point with the least sum of distances to the updates.
 
 Pillutla et al., "Robust Aggregation for Federated Learning", IEEE Transactions on Signal Processing 2022,
-section III: the objective smoothed by nu of algorithm 2, with equal client shares. Deviations, because three or
-four Weiszfeld steps from the mean leave each outlier a weight that falls only geometrically, which one long enough
-makes up for: the search starts at the update of least objective, and every step is the better of Weiszfeld's and
-Newton's. So each iterate x, the last one of a search cut short too, has no larger an objective than any update, and
-with f of n updates arbitrary that alone gives ||x - z|| <= 2 (n - f) / (n - 2f) max_honest ||x_i - z|| for each
-honest z = x_j (up to nu), the breakdown bound of Lopuhaa and Rousseeuw, Annals of Statistics 1991, theorem 2.2.
+algorithm 2, the smoothed Weiszfeld algorithm: its objective, with the smoothing nu and equal client shares.
+Deviation: the paper starts at the mean and stops after a few steps, which wear an outlier's weight down by a factor
+each; a long enough outlier makes up for that. Here the search starts at the update of least objective, each step is
+the better of Weiszfeld's and Newton's, and it runs until the median is found. A search cut short is robust as well:
+no point on its way has a larger objective than an honest update z, and with f of n updates arbitrary that alone
+gives, up to nu, ||point - z|| <= 2 (n - f) / (n - 2f) max ||x_i - z|| over honest x_i.
 
 All steps run on coefficients of the updates, in n x n space, on a Gram matrix: the updates are read for that matrix
 and for the result alone. A point is the sum of coefficients[i] x_i; an outlier's are as small as it is far.
@@ -15,18 +15,20 @@ and for the result alone. A point is the sum of coefficients[i] x_i; an outlier'
 import torch
 from torch import Tensor
 
-from strategies.distances import majority_gram
+from strategies.distances import gram, majority_gram
 from strategies.rule import count_clients, weight_rule
 from tasks.errors import ConfigError
 
 FARTHEST_SQUARE = 1e300  # of float64 rows: sums of such squares do not overflow
 LENGTHS = 2.0 ** torch.arange(-8, 25)  # of steps, from cautious ones to ones that leave a tip of the objective
+BLURRED = 1e-2  # share of ||x||^2 + ||y||^2; the rounding of float32 products is 1e-5 of smaller squared distances
+MOST_ORIGINS = 4
 TIE = 1e-9  # share of a typical distance by which the objectives of tied updates differ
 
 
 @weight_rule
 def geometric_median(
-    updates: Tensor, *, nu: float = 1e-6, max_iterations: int = 200, tolerance: float = 1e-8
+    updates: Tensor, *, nu: float = 1e-6, max_iterations: int = 100, tolerance: float = 1e-6
 ) -> Tensor:
     """Weigh each update by its inverse distance to the median, where all unit vectors to updates sum to 0.
 
@@ -37,13 +39,30 @@ def geometric_median(
     if nu <= 0 or max_iterations < 1 or tolerance < 0:
         given = f"nu = {nu}, max_iterations = {max_iterations}, tolerance = {tolerance}"
         raise ConfigError(f"geometric_median wants nu > 0, max_iterations >= 1 and tolerance >= 0, got {given}")
-    return median_weights(majority_gram(updates), nu, max_iterations, tolerance)
+    return median_weights(sharp_gram(updates), nu, max_iterations, tolerance)
+
+
+def sharp_gram(updates: Tensor) -> Tensor:
+    """Return a Gram matrix that resolves the updates around the best of them, such as many equal ones.
+
+    Others close to an update, far from the origin, would differ from it by rounding alone; then it is the new origin.
+    """
+    products = majority_gram(updates)
+    everyone = torch.arange(len(updates), device=updates.device)
+    for _ in range(MOST_ORIGINS):
+        centre = int(least_update(*without_unreachable(products)).argmax())
+        squares = products.diagonal()
+        sums = squares + squares[centre]
+        blurred = (sums - 2 * products[centre] < BLURRED * sums) & (everyone != centre)
+        if not blurred.any():
+            break
+        products = gram(updates, centre, everyone)
+    return products
 
 
 def median_weights(products: Tensor, nu: float, max_iterations: int, tolerance: float) -> Tensor:
     """Return the weights (``[clients]``, sum 1) of the geometric median of points with these inner products."""
-    reachable = products.diagonal() <= FARTHEST_SQUARE  # a row farther off weighs nothing
-    products = products.where(reachable[:, None] & reachable, 0.0)
+    products, reachable = without_unreachable(products)
     point = least_update(products, reachable)
     identity = torch.eye(len(point), dtype=point.dtype, device=point.device)
     for _ in range(max_iterations):
@@ -61,6 +80,12 @@ def median_weights(products: Tensor, nu: float, max_iterations: int, tolerance: 
         point = point + step
     pulls = reachable / distances_to(products, point).clamp(min=nu)
     return pulls / pulls.sum()
+
+
+def without_unreachable(products: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the products with 0 for rows too far off to weigh anything, and which rows are nearer than that."""
+    reachable = products.diagonal() <= FARTHEST_SQUARE
+    return products.where(reachable[:, None] & reachable, 0.0), reachable
 
 
 def least_update(products: Tensor, reachable: Tensor) -> Tensor:
