@@ -35,7 +35,9 @@ from benchmarks.workloads import MODELS, Workload, workload
 
 SIDE_BY_SIDE = ("plain", "plain-2-threads", "by-hand", "hawthorn-1", "hawthorn-2")
 ALONE = ("flower-ray", "hawthorn-ray")
-TOLERANCE = 1e-3  # distance of two final models by the distance trained: float32 sums in another order differ by less
+# Distance of two final models by the distance trained. Float32 sums in another order differ by 1e-7 after one step, and
+# training a network makes that grow by the round; other batches or another rate differ by more than half.
+TOLERANCE = 2e-2
 
 
 @dataclass
@@ -89,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results.append({"workload": dataclasses.asdict(work), **facts, "ways": ways})
         if options.json:
             options.json.write_text(json.dumps(results, indent=2) + "\n")
+        refuse_other_work(distances)
     return 0
 
 
@@ -171,17 +174,20 @@ def started(work: Workload, way: str) -> Iterator[tuple[Measured, Path]]:
 
 
 def compare_models(outcomes: dict[str, Outcome], work: Workload) -> dict[str, float]:
-    """Return each way's distance from the plain loop's final model, by the distance trained; all must be tiny."""
+    """Return each way's distance from the plain loop's final model, by the distance trained."""
     if "plain" not in outcomes:
         return {}
     with tempfile.TemporaryDirectory() as name:
         start = initial_model(work, Path(name))
     wanted = outcomes["plain"].model
     trained = float(np.linalg.norm(wanted - start))
-    distances = {way: float(np.linalg.norm(o.model - wanted)) / trained for way, o in outcomes.items()}
+    return {way: float(np.linalg.norm(o.model - wanted)) / trained for way, o in outcomes.items()}
+
+
+def refuse_other_work(distances: dict[str, float]) -> None:
+    """End the program, after its table, if a way's final model is not the plain loop's: its times mean nothing."""
     if wrong := {way: distance for way, distance in distances.items() if not distance <= TOLERANCE}:
         raise SystemExit(f"these ways did other work than the plain loop, by distance of the final models: {wrong}")
-    return distances
 
 
 def initial_model(work: Workload, folder: Path) -> np.ndarray:

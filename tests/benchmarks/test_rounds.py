@@ -106,12 +106,13 @@ def test_other_work_is_refused(tmp_path: Path) -> None:
     work = Workload("tiny", "logistic_regression()", "digits()", 2, 20, 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rounds, "initial_model", lambda work, folder: np.zeros(4, np.float32))
-        same, other = np.array([1, 2, 3, 4], np.float32), np.array([1, 2, 3, 4.1], np.float32)
+        same, other = np.array([1, 2, 3, 4], np.float32), np.array([1, 2, 3, 5], np.float32)
         outcomes = {"plain": rounds.Outcome("plain", model=same), "by-hand": rounds.Outcome("by-hand", model=same)}
         assert rounds.compare_models(outcomes, work) == {"plain": 0.0, "by-hand": 0.0}
+        rounds.refuse_other_work(rounds.compare_models(outcomes, work))
         outcomes["hawthorn-2"] = rounds.Outcome("hawthorn-2", model=other)
         with pytest.raises(SystemExit, match="hawthorn-2"):
-            rounds.compare_models(outcomes, work)
+            rounds.refuse_other_work(rounds.compare_models(outcomes, work))
 
 
 @pytest.mark.slow
