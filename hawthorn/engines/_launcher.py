@@ -63,7 +63,8 @@ def hand_over(connection: socket.socket, request: bytes) -> int | None:
     forwarder = Forwarder()
     try:
         sent = socket.send_fds(connection, [request], [0, 1, 2])
-        connection.sendall(request[sent:])
+        if sent < len(request):  # sending nothing fails when the task has ended by now, and it would run twice
+            connection.sendall(request[sent:])
     except OSError:
         return None
     for line in connection.makefile("r"):

@@ -136,7 +136,7 @@ def test_the_page_of_the_same_runs_is_the_same_file(config, tmp_path):
     assert write_report(runs, tmp_path / "two").read_bytes() == first
     assert (tmp_path / "two.html").exists()
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
-    assert {path.suffix for path in tmp_path.iterdir() if path.is_file()} == {".html", ".png"}
+    assert {path.suffix for path in tmp_path.glob("[!.]*.*")} == {".html", ".png"}
 
 
 def test_a_page_over_a_png_and_a_page_of_no_run_are_refused(config, tmp_path):
