@@ -51,7 +51,8 @@ def weighted_sum(weights: Tensor, updates: Tensor) -> Tensor:
     """Return sum_i weights[i] * updates[i] (``[params]``, in the dtype of `updates`).
 
     Fixed blocks of columns and, in each, clients in the order given: no difference was seen between numbers
-    of threads, but the matrix product does not promise it, so a federation aggregates on one. Rows of weight 0 are not read, so that whatever they hold cannot reach the result.
+    of threads, but the matrix product does not promise it, so a federation aggregates on one.
+    Rows of weight 0 are not read, so that whatever they hold cannot reach the result.
     """
     num_clients, num_params = updates.shape
     if weights.shape != (num_clients,):
