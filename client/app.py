@@ -90,7 +90,7 @@ def identify(config: RunConfig, context: Context) -> Identity:
         raise ConfigError(f"node_config role must be benign or malicious, got {role!r}")
     malicious = role == "malicious" if role is not None else client in config.malicious_ids
     attack = str(context.node_config.get("attack", config.attack))
-    if malicious and not attack:
+    if malicious and not attack and not config.collusion:
         raise ConfigError("a malicious client needs an attack, in its node_config or in the run's settings")
     return Identity(client, malicious, attack)
 

@@ -9,6 +9,8 @@ from client.app import workspace
 from client.attack import read_attack
 from client.trainer import LocalJob, honest
 from server.record import read_model
+from strategies.context import RoundContext
+from strategies.pipeline import Pipeline, ServerStep
 from tasks.config import RunConfig
 from tasks.errors import AggregationError, ConfigError
 from tasks.rng import generator
@@ -31,13 +33,20 @@ def preflight(config: RunConfig) -> list[str]:
 
 
 def _try_rule(config: RunConfig) -> None:
-    """Aggregate as many random updates as a full round has."""
-    updates = torch.randn(config.num_sampled, WIDTH, generator=generator(config.seed, "preflight"))
+    """Aggregate as many random updates as a full round has, and take a step with the result."""
+    draw = generator(config.seed, "preflight")
+    updates, root = torch.randn(config.num_sampled, WIDTH, generator=draw), torch.randn(WIDTH, generator=draw)
+    context = RoundContext(
+        clients=range(config.num_sampled), seed=config.seed, root=(lambda: root) if config.root_samples else None
+    )
+    rule = Pipeline(config.component("rule"), config.chain("mixing"))
+    step = ServerStep(config.component("optimizer"), config.chain("transform"), config.server_lr)
     try:
-        config.component("rule")(updates)
+        step(torch.zeros(WIDTH), rule.aggregate(updates, context).vector, context)
     except AggregationError as error:
+        before = f" after mixing {config.mixing}" if config.mixing else ""
         raise ConfigError(
-            f"rule {config.rule} cannot aggregate {config.num_sampled} replies a round: {error}"
+            f"rule {config.rule}{before} cannot aggregate {config.num_sampled} replies a round: {error}"
         ) from None
 
 

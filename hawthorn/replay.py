@@ -19,9 +19,12 @@ from torch import Tensor
 from hawthorn.compare import DASH, attacker_share, percent
 from server.record import RoundRecord, RunRecord, read_run, read_updates
 from strategies.checks import update_norm
+from strategies.context import RoundContext, needs
+from strategies.pipeline import Pipeline
 from strategies.rule import weighted_sum
 from tasks import spec
 from tasks.errors import AggregationError, RecordError
+from tasks.task import load
 
 TOLERANCE = 1e-4  # relative; another number of threads or another machine changes the last bits of a float32 sum
 NOTE = (
@@ -73,7 +76,8 @@ def replay(folder: Path, rule_text: str) -> ReplayResult:
     Raises `RecordError` if updates are missing or do not reproduce the record, `SpecError` for an unknown rule.
     """
     run = read_run(folder)
-    rule, own = spec.resolve("rule", rule_text), run.config.component("rule")
+    rule = Replayed(Pipeline(spec.resolve("rule", rule_text)), run)
+    own = Replayed(Pipeline(run.config.component("rule"), run.config.chain("mixing")), run)
     if not run.rounds:
         raise RecordError(f"{run.folder} has no finished round to replay; its status is {run.status!r}")
     note = NOTE + (CLAIMED if run.config.client_weights == "claimed" else "")
@@ -81,7 +85,27 @@ def replay(folder: Path, rule_text: str) -> ReplayResult:
     return ReplayResult(run.name, str(own), str(rule), note, rounds)
 
 
-def _replay_round(run: RunRecord, own: spec.Component, rule: spec.Component, record: RoundRecord) -> ReplayRound:
+@dataclass
+class Replayed:
+    """Mixings and a rule on the rounds of a run, one after the other; what they remember is kept between rounds."""
+
+    pipeline: Pipeline
+    run: RunRecord
+    memory: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return " | ".join(map(str, (*self.pipeline.mixing, self.pipeline.rule)))
+
+    def __call__(self, round: int, clients: list[int], stack: Tensor) -> tuple[list[float] | None, Tensor]:
+        """Return (weights per client or None, aggregate [params] in float64), as the strategy computes them."""
+        layout = load(self.run.config).layout if "history" in needs(self.pipeline.rule.function) else None
+        context = RoundContext(clients, round, self.run.config.seed, layout, memory=dict(self.memory))
+        result = self.pipeline.aggregate(stack, context)
+        self.memory = context.memory
+        return None if result.weights is None else result.weights.tolist(), result.vector.double()
+
+
+def _replay_round(run: RunRecord, own: Replayed, rule: Replayed, record: RoundRecord) -> ReplayRound:
     clients, stack = read_updates(run.folder, record.round)
     _check_stored(run, record, clients, stack)
     used, benign = _used_aggregate(run, own, record, stack), _benign_mean(record, stack)
@@ -90,7 +114,7 @@ def _replay_round(run: RunRecord, own: spec.Component, rule: spec.Component, rec
         impossible = f"{len(stack)} usable replies, min-replies is {run.config.min_replies}"
     else:
         try:
-            weights, aggregate = _apply(rule, stack)
+            weights, aggregate = rule(record.round, clients, stack)
         except AggregationError as error:
             impossible = str(error)
     if aggregate is not None and not torch.isfinite(aggregate).all():
@@ -115,16 +139,7 @@ def _replay_round(run: RunRecord, own: spec.Component, rule: spec.Component, rec
     )
 
 
-def _apply(rule: spec.Component, stack: Tensor) -> tuple[list[float] | None, Tensor]:
-    """Return (weights per client or None, aggregate [params] in float64), as the strategy computes them."""
-    weigh = getattr(rule.function, "weights", None)
-    if weigh is None:
-        return None, rule(stack).double()
-    weights = weigh(stack, **rule.arguments)
-    return weights.tolist(), weighted_sum(weights, stack).double()
-
-
-def _used_aggregate(run: RunRecord, own: spec.Component, record: RoundRecord, stack: Tensor) -> Tensor:
+def _used_aggregate(run: RunRecord, own: Replayed, record: RoundRecord, stack: Tensor) -> Tensor:
     """Recompute the aggregate that the run applied ([params], float64), and check it against the record."""
     if record.skipped:
         return torch.zeros(stack.shape[1], dtype=torch.float64)
@@ -135,7 +150,7 @@ def _used_aggregate(run: RunRecord, own: spec.Component, record: RoundRecord, st
                 raise RecordError(f"{where}: client-weights is claimed, but no weights are recorded")
             used = weighted_sum(torch.tensor(record.weights, dtype=torch.float64), stack).double()
         else:
-            used = _apply(own, stack)[1]
+            used = own(record.round, record.clients, stack)[1]
     except AggregationError as error:
         raise RecordError(f"{where}: {own} refuses the stored updates, though not in the run: {error}") from None
     if not math.isclose(norm := update_norm(used), record.aggregate_norm, rel_tol=TOLERANCE, abs_tol=1e-9):

@@ -17,9 +17,12 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from client.attack import read_attack
+from server.collusion import colluding
 from server.evaluate import Evaluator, Metrics
 from server.record import RoundRecord, RunWriter, read_model
+from server.root import RootTrainer
 from strategies.checks import update_norm
+from strategies.pipeline import Pipeline, ServerStep
 from strategies.population import Population
 from strategies.robust import RobustStrategy
 from strategies.sampling import forced_clients, sample_clients
@@ -40,13 +43,14 @@ def run_federation(config: RunConfig, grid: Grid, on_round: OnRound | None = Non
     task = load(config)
     start = read_model(Path(config.from_model), task.layout) if config.from_model else None
     if config.resume:
-        writer, last, vector = RunWriter.resume(config, task.layout)
+        writer, last, vector, memory = RunWriter.resume(config, task.layout)
     else:
-        writer, last, vector = RunWriter.create(config, task.layout), 0, None
+        writer, last, vector, memory = RunWriter.create(config, task.layout), 0, None, {}
     try:
         if vector is None:
             vector = task.initial_vector() if start is None else start
         federation = Federation(config, task, grid, writer)
+        federation.strategy.memory = memory
         federation.run(vector, last, on_round)
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | SystemExit)
@@ -66,11 +70,14 @@ class Federation:
         self.population = Population(config.num_clients)
         self.evaluate = Evaluator(task, read_attack(config.attack).triggered, config.tau)
         self.strategy = RobustStrategy(
-            rule=config.component("rule"),
+            pipeline=Pipeline(config.component("rule"), config.chain("mixing")),
+            step=ServerStep(config.component("optimizer"), config.chain("transform"), config.server_lr),
             layout=task.layout,
             population=self.population,
             sample=self._sample,
-            server_lr=config.server_lr,
+            seed=config.seed,
+            root=RootTrainer(config, task) if config.root_samples else None,
+            collude=colluding(config, self.schedule, self._malicious),
             client_weights=config.client_weights,
             min_replies=config.min_replies,
             max_update_norm=config.max_update_norm,
@@ -85,7 +92,7 @@ class Federation:
             self.writer.write_header(initial=_rounded(self.evaluate(vector)), facts=facts, started=time.time())
         for number in range(last + 1, self.config.num_rounds + 1):
             record, vector = self._round(number, vector)
-            self.writer.write_round(record, vector, self._kept())
+            self.writer.write_round(record, vector, self._kept(), self.strategy.memory)
             if on_round is not None:
                 on_round(record)
         self.writer.finish(vector, sha256=digest(vector))

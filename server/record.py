@@ -2,7 +2,8 @@
 
     run.json            schema, settings, task facts, versions, status, initial metrics
     rounds.jsonl        one JSON object per finished round (`RoundRecord`)
-    checkpoint.safetensors   the global model after the last finished round, with that round's line in its metadata
+    checkpoint.safetensors   the global model after the last finished round and what rules and optimisers keep, with
+                        that round's line in its metadata
     model.safetensors   the same model as named arrays, at the end
     updates/, models/   per round, when the settings ask for them
 
@@ -16,9 +17,10 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TextIO
 
 import torch
@@ -31,6 +33,7 @@ from tasks.errors import ConfigError, RecordError
 from tasks.params import Layout
 
 SCHEMA = 1
+MEMORY = "memory."  # prefix, in the checkpoint, of what rules and optimisers keep
 MAY_CHANGE = {"resume", "name", "runs_dir", "data_dir", "num_rounds", "workers", "round_timeout", "startup_timeout"}
 
 
@@ -165,23 +168,32 @@ class RunWriter:
         return writer
 
     @staticmethod
-    def resume(config: RunConfig, layout: Layout) -> "tuple[RunWriter, int, Tensor | None]":
-        """Open an interrupted record; returns (writer, last finished round, its model, None before round 1)."""
+    def resume(config: RunConfig, layout: Layout) -> "tuple[RunWriter, int, Tensor | None, dict[str, Tensor]]":
+        """Open an interrupted record; returns (writer, last finished round, its model or None, server's memory)."""
         before = read_run(config.run_folder)
         _check_same(before.config, config)
         writer = RunWriter(config, layout)
         writer.header = {**_read_header(writer.folder), "status": "running", "settings": config.settings()}
-        last, vector = writer._recover()
+        last, vector, memory = writer._recover()
         writer.write_header()
-        return writer, last, vector
+        return writer, last, vector, memory
 
     def write_header(self, **changes: Any) -> None:
         """Write run.json, in one step."""
         self.header.update(changes)
         _replace(self.folder / "run.json", (json.dumps(self.header, indent=2) + "\n").encode())
 
-    def write_round(self, record: RoundRecord, vector: Tensor, updates: tuple[list[int], Tensor] | None) -> None:
-        """Write a finished round: optional stores first, then the checkpoint, then the line."""
+    def write_round(
+        self,
+        record: RoundRecord,
+        vector: Tensor,
+        updates: tuple[list[int], Tensor] | None,
+        memory: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:
+        """Write a finished round: optional stores first, then the checkpoint, then the line.
+
+        `memory` is what rules and server optimisers keep between rounds; it goes into the checkpoint.
+        """
         if updates is not None and self.config.keep_updates:
             clients, stack = updates
             tensors = {"updates": stack.contiguous(), "clients": torch.tensor(clients, dtype=torch.int64)}
@@ -189,7 +201,8 @@ class RunWriter:
         if self.config.keep_models and record.round % self.config.keep_models == 0:
             self._store(f"models/round-{record.round:05d}.safetensors", self.layout.split(vector))
         line = json.dumps(dataclasses.asdict(record), allow_nan=False)
-        self._store("checkpoint.safetensors", {"vector": vector}, {"line": line})
+        kept = {MEMORY + name: tensor for name, tensor in memory.items()}
+        self._store("checkpoint.safetensors", {"vector": vector, **kept}, {"line": line})
         with _disk(self.folder), (self.folder / "rounds.jsonl").open("a") as file:
             _write_down(file, line + "\n")
 
@@ -203,21 +216,23 @@ class RunWriter:
         """Give up the folder's lock."""
         self._lock.close()
 
-    def _recover(self) -> tuple[int, Tensor | None]:
+    def _recover(self) -> tuple[int, Tensor | None, dict[str, Tensor]]:
         path, rounds = self.folder / "checkpoint.safetensors", self.folder / "rounds.jsonl"
         lines = _whole_lines(rounds)
         if not path.exists():
             rounds.write_text("")
-            return 0, None
+            return 0, None, {}
         try:
             with safe_open(path, "pt") as file:
                 line, vector = file.metadata()["line"], file.get_tensor("vector")
+                kept = [name for name in file.keys() if name.startswith(MEMORY)]  # noqa: SIM118
+                memory = {name.removeprefix(MEMORY): file.get_tensor(name) for name in kept}
         except (SafetensorError, KeyError, TypeError) as error:
             raise RecordError(f"{path} cannot be read ({error}); start the run anew") from None
         last = RoundRecord.from_json(line).round
         kept = [text for text in lines if RoundRecord.from_json(text).round < last]
         _replace(rounds, "".join(text + "\n" for text in [*kept, line]).encode())
-        return last, vector
+        return last, vector, memory
 
     def _store(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
         path = self.folder / name

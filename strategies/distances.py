@@ -49,12 +49,15 @@ def majority_gram(updates: Tensor) -> Tensor:
     return products
 
 
-def gram(updates: Tensor, origin: int, rows: Tensor) -> Tensor:
-    """Return <x_i - x_origin, x_j - x_origin> for i, j in `rows` (``[rows, rows]``, float64), in one reading."""
+def gram(updates: Tensor, origin: int | None, rows: Tensor) -> Tensor:
+    """Return <x_i - x_origin, x_j - x_origin> for i, j in `rows` (``[rows, rows]``, float64), in one reading.
+
+    With `origin` None they are taken around 0.
+    """
     if updates.dtype == torch.float64:
         return _gram(updates, origin, rows, torch.float64)
     products = _gram(updates, origin, rows, torch.float32)
-    squares = products.diagonal()[rows != origin]
+    squares = products.diagonal() if origin is None else products.diagonal()[rows != origin]
     return products if _in_range(squares, updates.shape[1]) else _gram(updates, origin, rows, torch.float64)
 
 
@@ -71,7 +74,7 @@ def _in_range(squares: Tensor, num_params: int) -> bool:
     return bool((torch.isfinite(squares) & (squares >= SMALLEST_SQUARE * num_params)).all())
 
 
-def _gram(updates: Tensor, origin: int, rows: Tensor, dtype: torch.dtype) -> Tensor:
+def _gram(updates: Tensor, origin: int | None, rows: Tensor, dtype: torch.dtype) -> Tensor:
     num_rows, num_params = len(rows), updates.shape[1]
     width = min(BLOCK_COLUMNS if updates.device.type == "cpu" else 2**26 // num_rows, num_params)
     everyone = num_rows == len(updates)
@@ -82,7 +85,10 @@ def _gram(updates: Tensor, origin: int, rows: Tensor, dtype: torch.dtype) -> Ten
         block = updates[:, start : start + width]
         centred = space[:, : block.shape[1]]
         chosen = block if everyone else block.index_select(0, rows)
-        torch.sub(chosen.to(dtype), block[origin].to(dtype), out=centred)
+        if origin is None:
+            centred.copy_(chosen)
+        else:
+            torch.sub(chosen.to(dtype), block[origin].to(dtype), out=centred)
         for top in range(0, num_rows, PANEL_ROWS):
             bottom = min(top + PANEL_ROWS, num_rows)
             product[top:bottom, :bottom] = centred[top:bottom] @ centred[:bottom].t()

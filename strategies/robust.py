@@ -1,10 +1,14 @@
 """One Flower Strategy for every rule: messages in, one `[clients, params]` stack, rule, server step, messages out.
 
-A round: seeded sample -> Flower messages -> replies checked one by one into the rows of one stack -> rule on the
-updates -> global model plus eta times the aggregate. Too few usable replies, or a rule whose precondition is broken,
-skip the round: the model stays and the reason is recorded.
+A round: seeded sample -> Flower messages -> replies checked one by one into the rows of one stack -> mixing and rule on
+the updates -> global model plus eta times the optimiser's direction -> transforms. Too few usable replies, or a rule
+whose precondition is broken, skip the round: the model and what the server remembers stay, and the reason is recorded.
+
+`collude` stands for attackers that see each other's updates, or everyone's, before they answer: it overwrites their
+rows after all replies are in. Rows that a server would drop are dropped then, as if they had come that way.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -18,11 +22,12 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
 from strategies.checks import claimed_examples, read_update, shorten, update_norm
+from strategies.context import RoundContext
+from strategies.pipeline import Pipeline, ServerStep
 from strategies.population import Population
-from strategies.rule import WeightRule, weighted_sum
+from strategies.rule import WeightRule
 from tasks.errors import AggregationError, ConfigError
 from tasks.params import Layout
-from tasks.spec import Component
 from tasks.wire import from_record, to_record
 
 
@@ -38,7 +43,11 @@ class RoundOutcome:
     weights: list[float] | None = None  # weight per client in the aggregate; None: the rule weighs coordinates
     aggregate_norm: float = 0.0
     skipped: str | None = None  # why the round left the model as it was
+    colluded: list[int] = field(default_factory=list)  # clients whose rows colluding attackers wrote
     updates: Tensor | None = None  # [clients, params]; a view that the next round overwrites
+
+
+Collude = Callable[[int, list[int], Tensor], list[int]]  # (round, clients, stack to change) -> clients it changed
 
 
 class RobustStrategy(FedAvg):
@@ -47,31 +56,40 @@ class RobustStrategy(FedAvg):
     def __init__(
         self,
         *,
-        rule: Component,
+        pipeline: Pipeline,
+        step: ServerStep,
         layout: Layout,
         population: Population,
         sample: Callable[[list[int], int], list[int]],
-        server_lr: float = 1.0,
+        seed: int = 0,
+        root: Callable[[Tensor, int], Tensor] | None = None,
+        collude: Collude | None = None,
         client_weights: str = "uniform",
         min_replies: int = 1,
         max_update_norm: float = 1e6,
         round_timeout: float = 600.0,
     ) -> None:
         super().__init__(min_available_nodes=1, min_train_nodes=1, min_evaluate_nodes=1)
-        if client_weights == "claimed" and not isinstance(rule.function, WeightRule):
-            raise ConfigError(f"client-weights = claimed needs a rule that weighs clients; {rule.name} does not")
-        self.rule, self.layout, self.population, self.sample = rule, layout, population, sample
-        self.server_lr, self.client_weights = server_lr, client_weights
+        pipeline.check()
+        if client_weights == "claimed" and not isinstance(pipeline.rule.function, WeightRule):
+            raise ConfigError(
+                f"client-weights = claimed needs a rule that weighs clients; {pipeline.rule.name} does not"
+            )
+        self.pipeline, self.step, self.layout, self.population, self.sample = pipeline, step, layout, population, sample
+        self.seed, self.root, self.collude, self.client_weights = seed, root, collude, client_weights
         self.min_replies, self.max_update_norm, self.round_timeout = min_replies, max_update_norm, round_timeout
         self.outcome = RoundOutcome(0)
         self.model = torch.zeros(layout.num_params)
+        self.memory: dict[str, Tensor] = {}  # what rules and optimisers keep from round to round
         self._sent: dict[str, int] = {}  # message id -> node id, of this round
         self._messages: list[Message] = []
         self._stack = torch.empty(0)
 
     def summary(self) -> None:
         """Log the strategy's settings."""
-        log(INFO, "\trule %s, server step %g, client weights %s", self.rule, self.server_lr, self.client_weights)
+        mixing = " | ".join(map(str, self.pipeline.mixing)) or "none"
+        log(INFO, "\tmixing %s, rule %s, client weights %s", mixing, self.pipeline.rule, self.client_weights)
+        log(INFO, "\toptimizer %s, server step %g", self.step.optimizer, self.step.server_lr)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -105,11 +123,10 @@ class RobustStrategy(FedAvg):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check replies, aggregate, step; returns the new model, or None when the round is skipped."""
         outcome, claims = self.outcome, self._collect(replies)
-        stack = self._stack[: len(outcome.clients)]
+        stack, claims = self._with_collusion(self._stack[: len(outcome.clients)], claims)
         outcome.updates = stack
         metrics = MetricRecord({"usable-replies": len(stack), "dropped-replies": len(outcome.dropped)})
-        aggregate = self._try_rule(stack, claims)
-        model = None if aggregate is None else self._step(aggregate)
+        model = self._try_round(stack, claims)
         if model is None:
             outcome.weights, outcome.aggregate_norm = None, 0.0
             log(WARNING, "round %d skipped, the model stays: %s", server_round, outcome.skipped)
@@ -117,42 +134,59 @@ class RobustStrategy(FedAvg):
         self.model = model
         return to_record(self.model, self.layout), metrics
 
-    def _try_rule(self, stack: Tensor, claims: list[float]) -> Tensor | None:
-        """Return the aggregate ([params]), or None with the reason in the outcome."""
+    def _try_round(self, stack: Tensor, claims: list[float]) -> Tensor | None:
+        """Return the new model ([params]), or None with the reason in the outcome; remembers only what succeeds."""
+        outcome = self.outcome
         if len(stack) < self.min_replies:
-            self.outcome.skipped = f"{len(stack)} usable replies, min-replies is {self.min_replies}"
+            outcome.skipped = f"{len(stack)} usable replies, min-replies is {self.min_replies}"
             return None
+        context = RoundContext(
+            clients=outcome.clients,
+            round=outcome.round,
+            seed=self.seed,
+            layout=self.layout,
+            root=None if self.root is None else functools.partial(self.root, self.model, outcome.round),
+            memory=dict(self.memory),
+        )
+        scale = torch.tensor(claims, dtype=torch.float64) if self.client_weights == "claimed" else None
         try:
-            aggregate = self._aggregate(stack, claims)
+            aggregate = self.pipeline.aggregate(stack, context, scale)
         except AggregationError as error:
-            self.outcome.skipped = str(error)
+            outcome.skipped = str(error)
             return None
-        self.outcome.aggregate_norm = update_norm(aggregate)
-        return aggregate
-
-    def _step(self, aggregate: Tensor) -> Tensor | None:
-        """Return model + eta * aggregate ([params]), or None if that is not finite."""
-        model = torch.add(self.model, aggregate.to(torch.float32), alpha=self.server_lr)
+        outcome.weights = None if aggregate.weights is None else aggregate.weights.tolist()
+        outcome.aggregate_norm = update_norm(aggregate.vector)
+        model = self.step(self.model, aggregate.vector, context)
         for variance in self.variances(model):
             variance.clamp_(min=0.0)  # a scaled update may overshoot below zero, where batch norm is not a number
         if not math.isfinite(update_norm(model)):
-            self.outcome.skipped = "the new model is not finite"
+            outcome.skipped = "the new model is not finite"
             return None
+        self.memory = context.memory
         return model
+
+    def _with_collusion(self, stack: Tensor, claims: list[float]) -> tuple[Tensor, list[float]]:
+        """Let colluding attackers write their rows; returns the rows, and claims, that are still usable."""
+        outcome = self.outcome
+        if self.collude is None or not len(stack):
+            return stack, claims
+        outcome.colluded = self.collude(outcome.round, outcome.clients, stack)
+        kept: list[int] = []
+        for row, client in enumerate(outcome.clients):
+            if client in outcome.colluded:
+                outcome.norms[row] = norm = update_norm(stack[row])
+                if not norm <= self.max_update_norm:
+                    self._drop(client, f"update norm {norm:.3g}, max-update-norm is {self.max_update_norm:g}")
+                    continue
+            kept.append(row)
+        if len(kept) == len(stack):
+            return stack, claims
+        outcome.clients, outcome.norms = [outcome.clients[i] for i in kept], [outcome.norms[i] for i in kept]
+        return stack[kept], [claims[i] for i in kept]
 
     def variances(self, model: Tensor) -> list[Tensor]:
         """Return views of the running variances of batch norm in a model's vector."""
         return [view for name, view in self.layout.split(model).items() if name.endswith("running_var")]
-
-    def _aggregate(self, stack: Tensor, claims: list[float]) -> Tensor:
-        if not isinstance(self.rule.function, WeightRule):
-            return self.rule(stack)
-        weights = self.rule.function.weights(stack, **self.rule.arguments)
-        if self.client_weights == "claimed":
-            share = weights * torch.tensor(claims, dtype=torch.float64)
-            weights = share * (weights.sum() / share.sum())
-        self.outcome.weights = weights.tolist()
-        return weighted_sum(weights, stack)
 
     def _collect(self, replies: Iterable[Message]) -> list[float]:
         """Write usable updates into the stack in order of client id; note every drop with its reason."""

@@ -1,93 +1,155 @@
 """Aggregation rules: what a rule is, and the few things every rule needs.
 
-A rule is a pure function on the stack of client updates, ``[clients, params]`` to ``[params]``.
-There are two kinds:
+A rule is a pure function on the stack of client updates, ``[clients, params]`` to ``[params]``. There are three kinds,
+one decorator each; all of them take a tensor or a `Stack`, which may be mixed:
 
-* A *weight rule* decides how much each client counts. Its file defines a function from the stack to
-  one float64 weight per client, decorated with `weight_rule`; the result is one weighted sum of
-  rows, and `.weights` gives the weights themselves, which the run record keeps.
-* A *coordinate rule* (median, trimmed mean) treats every parameter on its own and is a plain function.
+* A *weight rule* decides how much each client counts. Its file defines a function from the stack to one float64
+  weight per row; the result is one weighted sum of rows, and `.weights` gives the weights, which the run record keeps.
+  A rule that adds noise returns a `Decision`.
+* A *coordinate rule* (median, trimmed mean) treats every parameter on its own: a function of a tensor of columns.
+* A *stack rule* needs both (Bulyan): a function of the stack.
 
+What a rule needs besides the updates stands between them and the ``*``, under a name that `strategies.context`
+knows: ``generator``, ``clients``, ``history``, ``previous``, ``root_update``.
 Updates are finite: replies that are not are dropped, with a reason, before a rule sees them.
 """
 
 import functools
 import math
 from collections.abc import Callable
-from typing import Concatenate, Generic, ParamSpec
+from dataclasses import dataclass
+from typing import Concatenate, Generic, ParamSpec, cast
 
 import torch
 from torch import Tensor
 
+from strategies.stack import Stack, weighted_sum
 from tasks.errors import AggregationError, ConfigError
+
+__all__ = [
+    "CoordinateRule", "Decision", "Mixing", "Rule", "Stack", "StackRule", "WeightRule", "coordinate_rule",
+    "count_byzantine", "mixing", "require_clients", "stack_rule", "uniform_weights", "weight_rule", "weighted_sum",
+]  # fmt: skip
 
 P = ParamSpec("P")
 
-BLOCK_COLUMNS = 32768  # columns summed at once: 128 KiB of float32, so that the sums stay in the cache
+
+@dataclass(frozen=True)
+class Decision:
+    """What a weight rule decided: one float64 weight per row, and Gaussian noise for every parameter of the sum."""
+
+    weights: Tensor
+    noise_std: float = 0.0
+    generator: torch.Generator | None = None
+
+    def noise(self, num_params: int) -> Tensor | None:
+        """Return the noise (``[params]``, float32, drawn on the CPU so that every device adds the same), or None."""
+        if not self.noise_std:
+            return None
+        return torch.randn(num_params, generator=self.generator) * self.noise_std
 
 
-class WeightRule(Generic[P]):
-    """A rule whose result is a weighted sum of the updates; call it for the sum, `.weights` for the weights."""
+class Named:
+    """A function under the name, signature and annotations that `tasks.spec` reads; pickled by name, as one is."""
 
-    def __init__(self, weights: Callable[Concatenate[Tensor, P], Tensor]) -> None:
-        functools.update_wrapper(self, weights)  # name, signature and annotations, which tasks.spec reads
-        self.weights = weights
-
-    def __call__(self, updates: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> Tensor:
-        return weighted_sum(self.weights(updates, *args, **kwargs), updates)
+    def __init__(self, function: Callable[..., object]) -> None:
+        functools.update_wrapper(cast(Callable[..., object], self), function)
 
     def __reduce__(self) -> str:
-        return self.__name__  # pickled by name, as a function is: the module holds the rule under it
+        return self.__name__
 
     __name__: str
 
 
-def weight_rule(weights: Callable[Concatenate[Tensor, P], Tensor]) -> WeightRule[P]:
-    """Make a rule of a function from updates ``[clients, params]`` to weights ``[clients]`` (float64)."""
-    return WeightRule(weights)
+class Rule(Named):
+    """An aggregation rule of any kind."""
 
 
-def weighted_sum(weights: Tensor, updates: Tensor) -> Tensor:
-    """Return sum_i weights[i] * updates[i] (``[params]``, in the dtype of `updates`).
+class WeightRule(Rule, Generic[P]):
+    """A rule whose result is a weighted sum of the updates; call it for the sum, `.weights` for the weights."""
 
-    Fixed blocks of columns and, in each, clients in the order given: no difference was seen between numbers
-    of threads, but the matrix product does not promise it, so a federation aggregates on one.
-    Rows of weight 0 are not read, so that whatever they hold cannot reach the result.
-    """
-    num_clients, num_params = updates.shape
-    if weights.shape != (num_clients,):
-        raise AggregationError(f"wanted one weight per client, [{num_clients}], got {list(weights.shape)}")
-    coefficients = weights.to(updates)
-    total = updates.new_zeros(num_params)
-    width = BLOCK_COLUMNS if updates.device.type == "cpu" else max(1, num_params)
-    runs = _runs(weights)
-    for start in range(0, num_params, width):
-        part = total[start : start + width]
-        block = updates[:, start : start + width]
-        for run in runs:
-            part.addmv_(block[run].t(), coefficients[run])
-    return total
+    def __init__(self, function: Callable[Concatenate[Stack, P], Tensor | Decision]) -> None:
+        super().__init__(function)
+        self._function = function
 
+    def decide(self, updates: Tensor | Stack, /, *args: P.args, **kwargs: P.kwargs) -> Decision:
+        """Return the weights per row, and the noise if the rule adds any."""
+        decision = self._function(Stack.of(updates), *args, **kwargs)
+        return decision if isinstance(decision, Decision) else Decision(decision)
 
-def _runs(weights: Tensor) -> list[slice]:
-    """Return the runs of consecutive clients with a weight other than 0, so that views do and no row is copied."""
-    runs: list[slice] = []
-    for index in weights.nonzero().flatten().tolist():
-        if runs and runs[-1].stop == index:
-            runs[-1] = slice(runs[-1].start, index + 1)
-        else:
-            runs.append(slice(index, index + 1))
-    return runs
+    def weights(self, updates: Tensor | Stack, /, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+        """Return the weight of every row (``[rows]``, float64)."""
+        return self.decide(updates, *args, **kwargs).weights
+
+    def __call__(self, updates: Tensor | Stack, /, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+        stack = Stack.of(updates)
+        decision = self.decide(stack, *args, **kwargs)
+        total, noise = stack.weighted_sum(decision.weights), decision.noise(stack.num_params)
+        return total if noise is None else total + noise.to(total)
 
 
-def count_clients(updates: Tensor) -> int:
-    """Return n of a stack ``[n, params]``; `AggregationError` if it is no such stack or has no client."""
-    if updates.ndim != 2 or not updates.is_floating_point():
-        came = f"{list(updates.shape)} of {updates.dtype}"
-        raise AggregationError(f"a rule wants a floating-point stack [clients, params], got {came}")
-    if not len(updates):
-        raise AggregationError("a rule wants the update of at least one client, got none")
-    return len(updates)
+class CoordinateRule(Rule, Generic[P]):
+    """A rule that treats every parameter on its own; a mixed stack is mixed block by block."""
+
+    def __init__(self, function: Callable[Concatenate[Tensor, P], Tensor]) -> None:
+        super().__init__(function)
+        self._function = function
+
+    def __call__(self, updates: Tensor | Stack, /, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+        stack = Stack.of(updates)
+        if stack.matrix is None:
+            return self._function(stack.updates, *args, **kwargs)
+        result = torch.empty(stack.num_params, dtype=stack.dtype, device=stack.device)
+        for columns, block in stack.blocks():
+            result[columns] = self._function(block, *args, **kwargs)
+        return result
+
+
+class StackRule(Rule, Generic[P]):
+    """A rule that returns the aggregate from the whole stack."""
+
+    def __init__(self, function: Callable[Concatenate[Stack, P], Tensor]) -> None:
+        super().__init__(function)
+        self._function = function
+
+    def __call__(self, updates: Tensor | Stack, /, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+        return self._function(Stack.of(updates), *args, **kwargs)
+
+
+class Mixing(Named, Generic[P]):
+    """What happens to updates before a rule, as a matrix; call it for the mixed tensor, `.matrix` for the matrix."""
+
+    def __init__(self, function: Callable[Concatenate[Stack, P], Tensor]) -> None:
+        super().__init__(function)
+        self._function = function
+
+    def matrix(self, updates: Tensor | Stack, /, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+        """Return the mixing matrix (``[new rows, rows]``, float64)."""
+        return self._function(Stack.of(updates), *args, **kwargs)
+
+    def __call__(self, updates: Tensor | Stack, /, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+        stack = Stack.of(updates)
+        return stack.mixed(self.matrix(stack, *args, **kwargs)).columns(slice(None))
+
+
+def weight_rule(function: Callable[Concatenate[Stack, P], Tensor | Decision]) -> WeightRule[P]:
+    """Make a rule of a function from a stack to weights ``[rows]`` (float64), or to a `Decision`."""
+    return WeightRule(function)
+
+
+def coordinate_rule(function: Callable[Concatenate[Tensor, P], Tensor]) -> CoordinateRule[P]:
+    """Make a rule of a function from columns ``[rows, columns]`` to ``[columns]``."""
+    return CoordinateRule(function)
+
+
+def stack_rule(function: Callable[Concatenate[Stack, P], Tensor]) -> StackRule[P]:
+    """Make a rule of a function from a stack to the aggregate ``[params]``."""
+    return StackRule(function)
+
+
+def mixing(function: Callable[Concatenate[Stack, P], Tensor]) -> Mixing[P]:
+    """Make a mixing of a function from a stack to the matrix ``[new rows, rows]`` (float64)."""
+    return Mixing(function)
 
 
 def count_byzantine(num_byzantine: int | float, num_clients: int) -> int:
@@ -112,8 +174,8 @@ def require_clients(rule: str, bound: str, minimum: int, num_clients: int, num_b
         )
 
 
-def uniform_weights(updates: Tensor, chosen: Tensor | None = None) -> Tensor:
-    """Return equal float64 weights (``[clients]``) that sum to 1, on all clients or on the `chosen` indices alone."""
+def uniform_weights(updates: Stack, chosen: Tensor | None = None) -> Tensor:
+    """Return equal float64 weights (``[rows]``) that sum to 1, on all rows or on the `chosen` indices alone."""
     if chosen is None:
         return torch.full((len(updates),), 1 / len(updates), dtype=torch.float64, device=updates.device)
     weights = torch.zeros(len(updates), dtype=torch.float64, device=updates.device)

@@ -22,6 +22,9 @@ from tasks.rng import generator
 
 Scalar: TypeAlias = bool | int | float | str
 
+CHAINS = ("attack", "mixing", "transform")  # kinds whose settings name any number of components
+OPTIONAL = ("collusion",)  # kinds whose settings may be empty
+
 
 def setting(
     default: Scalar,
@@ -58,8 +61,12 @@ class RunConfig:
     clients_per_round: int = setting(0, "clients sampled each round; 0: all", low=0)
     training: str = setting("sgd()", "local training of honest clients", kind="training")
     # the defence
+    mixing: str = setting("", "what happens to updates before the rule; parts joined with |", kind="mixing")
     rule: str = setting("mean()", "aggregation rule", kind="rule")
+    optimizer: str = setting("step()", "server optimiser, after the rule", kind="optimizer")
     server_lr: float = setting(1.0, "server step size eta on the aggregate", low=0.0, high=1e6)
+    transform: str = setting("", "what happens to the new model; parts joined with |", kind="transform")
+    root_samples: int = setting(0, "training samples the server keeps for itself, taken from the clients", low=0)
     client_weights: str = setting(
         "uniform", "uniform, or claimed: weight by the sample counts clients claim", choices=("uniform", "claimed")
     )
@@ -68,6 +75,12 @@ class RunConfig:
     # the attack
     malicious_clients: str = setting("", "ids as '0,3,7-9', or a share as '20%'")
     attack: str = setting("", "what malicious clients do; parts joined with |", kind="attack")
+    collusion: str = setting("", "what malicious clients send together, instead of their updates", kind="collusion")
+    knowledge: str = setting(
+        "all",
+        "updates that colluding clients see: all, or the ones their own clients would send",
+        choices=("all", "own"),
+    )
     attack_schedule: str = setting("continuous()", "when they do it", kind="schedule")
     # evaluation
     tau: float = setting(0.0, "predictions with a smaller confidence are rejected", low=0.0, high=1.0)
@@ -129,9 +142,9 @@ class RunConfig:
     def resolve_components(self) -> None:
         """Resolve every component now, so that a typing error shows before anything starts."""
         for field in dataclasses.fields(self):
-            if field.metadata["kind"] == "attack":
+            if field.metadata["kind"] in CHAINS:
                 self.chain(field.name)
-            elif field.metadata["kind"]:
+            elif field.metadata["kind"] and (getattr(self, field.name) or field.metadata["kind"] not in OPTIONAL):
                 self.component(field.name)
 
     def _kind(self, key: str) -> str:
@@ -145,8 +158,10 @@ class RunConfig:
             raise ConfigError(
                 f"name must be of letters, digits and . _ - + = @ /, no part starting with '.', got {self.name!r}"
             )
-        if self.malicious_ids and not self.attack:
-            raise ConfigError("malicious-clients are named, but attack is empty; set attack, for example 'sign_flip()'")
+        if self.malicious_ids and not (self.attack or self.collusion):
+            raise ConfigError(
+                "malicious-clients are named, but attack and collusion are empty; set attack, for example 'sign_flip()'"
+            )
 
 
 def parse_clients(text: str, num_clients: int, seed: int) -> tuple[int, ...]:

@@ -27,7 +27,11 @@ PACKAGES = {
     "schedule": "tasks.schedules",
     "attack": "client.attacks",
     "training": "client.training",
+    "collusion": "client.collusion",
+    "mixing": "strategies.mixing",
     "rule": "strategies.rules",
+    "optimizer": "strategies.optimizers",
+    "transform": "strategies.transforms",
 }
 
 

@@ -3,6 +3,7 @@
 import functools
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from tasks import spec
@@ -24,6 +25,7 @@ class Task:
     partition: tuple[Tensor, ...]  # per client: int64 indices into the training split
     model: spec.Component
     seed: int
+    root: Tensor  # int64 indices into the training split that the server keeps for itself; no client has them
 
     def build_model(self) -> nn.Module:
         """Return a new model with this task's seeded initial parameters."""
@@ -36,7 +38,8 @@ class Task:
 
 def load(config: RunConfig) -> Task:
     """Return the task of a run; repeated calls in one process share the data set and the partition."""
-    return _load(config.dataset, config.model, config.partition, config.num_clients, config.seed, config.data_dir)
+    c = config
+    return _load(c.dataset, c.model, c.partition, c.num_clients, c.seed, c.data_dir, c.root_samples)
 
 
 @functools.lru_cache(maxsize=2)
@@ -48,7 +51,15 @@ def load_dataset(text: str, data_dir: str) -> Dataset:
 
 
 @functools.lru_cache(maxsize=4)
-def _load(dataset_text: str, model_text: str, partition_text: str, num_clients: int, seed: int, data_dir: str) -> Task:
+def _load(
+    dataset_text: str,
+    model_text: str,
+    partition_text: str,
+    num_clients: int,
+    seed: int,
+    data_dir: str,
+    root_samples: int,
+) -> Task:
     dataset = load_dataset(dataset_text, data_dir)
     model = spec.resolve("model", model_text)
     layout = Layout.of(build(model, dataset.input_shape, dataset.num_classes, generator(seed, "model")))
@@ -56,4 +67,15 @@ def _load(dataset_text: str, model_text: str, partition_text: str, num_clients: 
     partition = tuple(dealer(dataset, num_clients, generator(seed, "partition")))
     if len(partition) != num_clients:
         raise ConfigError(f"partition {dealer} dealt {len(partition)} shares for {num_clients} clients")
-    return Task(dataset, layout, partition, model, seed)
+    root = _draw_root(dataset, root_samples, seed)
+    if root_samples:
+        partition = tuple(share[~torch.isin(share, root)] for share in partition)
+    return Task(dataset, layout, partition, model, seed, root)
+
+
+def _draw_root(dataset: Dataset, root_samples: int, seed: int) -> Tensor:
+    """Return a seeded uniform draw of training samples, sorted; their classes come out as in the training split."""
+    size = len(dataset.train_labels)
+    if root_samples >= size:
+        raise ConfigError(f"root-samples is {root_samples}, but {dataset.name} has {size} training samples")
+    return torch.randperm(size, generator=generator(seed, "root"))[:root_samples].sort().values

@@ -15,8 +15,7 @@ and for the result alone. A point is the sum of coefficients[i] x_i; an outlier'
 import torch
 from torch import Tensor
 
-from strategies.distances import gram, majority_gram
-from strategies.rule import count_clients, weight_rule
+from strategies.rule import Stack, weight_rule
 from tasks.errors import ConfigError
 
 FARTHEST_SQUARE = 1e300  # of float64 rows: sums of such squares do not overflow
@@ -27,27 +26,24 @@ TIE = 1e-9  # share of a typical distance by which the objectives of tied update
 
 
 @weight_rule
-def geometric_median(
-    updates: Tensor, *, nu: float = 1e-6, max_iterations: int = 100, tolerance: float = 1e-6
-) -> Tensor:
+def geometric_median(updates: Stack, *, nu: float = 1e-6, max_iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
     """Weigh each update by its inverse distance to the median, where all unit vectors to updates sum to 0.
 
     Stops when that sum is no longer than `tolerance`: as much as this share of one more client could pull.
     `nu`, in the unit of the updates, is the distance below which an update weighs no more than at it.
     """
-    count_clients(updates)
     if nu <= 0 or max_iterations < 1 or tolerance < 0:
         given = f"nu = {nu}, max_iterations = {max_iterations}, tolerance = {tolerance}"
         raise ConfigError(f"geometric_median wants nu > 0, max_iterations >= 1 and tolerance >= 0, got {given}")
-    return median_weights(sharp_gram(updates), nu, max_iterations, tolerance)
+    return median_weights(sharp_products(updates), nu, max_iterations, tolerance)
 
 
-def sharp_gram(updates: Tensor) -> Tensor:
-    """Return a Gram matrix that resolves the updates around the best of them, such as many equal ones.
+def sharp_products(updates: Stack) -> Tensor:
+    """Return inner products that resolve the updates around the best of them, such as many equal ones.
 
     Others close to an update, far from the origin, would differ from it by rounding alone; then it is the new origin.
     """
-    products = majority_gram(updates)
+    products = updates.majority_products
     everyone = torch.arange(len(updates), device=updates.device)
     for _ in range(MOST_ORIGINS):
         centre = int(least_update(*without_unreachable(products)).argmax())
@@ -56,7 +52,7 @@ def sharp_gram(updates: Tensor) -> Tensor:
         blurred = (sums - 2 * products[centre] < BLURRED * sums) & (everyone != centre)
         if not blurred.any():
             break
-        products = gram(updates, centre, everyone)
+        products = updates.products(centre)
     return products
 
 

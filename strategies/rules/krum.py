@@ -8,17 +8,16 @@ the lowest score is chosen; a tie goes to the lowest index. No deviation.
 import torch
 from torch import Tensor
 
-from strategies.distances import squared_distances
-from strategies.rule import count_byzantine, count_clients, require_clients, uniform_weights, weight_rule
+from strategies.rule import Stack, count_byzantine, require_clients, uniform_weights, weight_rule
 
 
 @weight_rule
-def krum(updates: Tensor, *, num_byzantine: int | float) -> Tensor:
+def krum(updates: Stack, *, num_byzantine: int | float) -> Tensor:
     """Weigh the update of lowest score 1 and all others 0; needs n >= 2f + 3."""
-    num_clients = count_clients(updates)
+    num_clients = len(updates)
     f = count_byzantine(num_byzantine, num_clients)
     require_clients("krum", "2f + 3", 2 * f + 3, num_clients, f)
-    scores = krum_scores(squared_distances(updates), num_clients - f - 2)
+    scores = krum_scores(updates.squared_distances, num_clients - f - 2)
     return uniform_weights(updates, scores.argsort(stable=True)[:1])
 
 

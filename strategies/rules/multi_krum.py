@@ -6,20 +6,19 @@ section 5 ("m-Krum"). Deviation: the paper leaves the number of updates m open; 
 
 from torch import Tensor
 
-from strategies.distances import squared_distances
-from strategies.rule import count_byzantine, count_clients, require_clients, uniform_weights, weight_rule
+from strategies.rule import Stack, count_byzantine, require_clients, uniform_weights, weight_rule
 from strategies.rules.krum import krum_scores
 from tasks.errors import AggregationError
 
 
 @weight_rule
-def multi_krum(updates: Tensor, *, num_byzantine: int | float, num_selected: int | None = None) -> Tensor:
+def multi_krum(updates: Stack, *, num_byzantine: int | float, num_selected: int | None = None) -> Tensor:
     """Weigh the `num_selected` (n - f) updates of lowest score equally and all others 0; needs n >= 2f + 3."""
-    num_clients = count_clients(updates)
+    num_clients = len(updates)
     f = count_byzantine(num_byzantine, num_clients)
     require_clients("multi_krum", "2f + 3", 2 * f + 3, num_clients, f)
     num_selected = num_clients - f if num_selected is None else num_selected
     if not 1 <= num_selected <= num_clients:
         raise AggregationError(f"multi_krum wants 1 <= num_selected <= n = {num_clients}, got {num_selected}")
-    scores = krum_scores(squared_distances(updates), num_clients - f - 2)
+    scores = krum_scores(updates.squared_distances, num_clients - f - 2)
     return uniform_weights(updates, scores.argsort(stable=True)[:num_selected])

@@ -11,8 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from strategies.distances import norms
-from strategies.rule import count_clients, uniform_weights, weight_rule
+from strategies.rule import Stack, uniform_weights, weight_rule
 from tasks.errors import ConfigError
 
 LAWS_NOT_KEPT = {
@@ -23,13 +22,12 @@ LAWS_NOT_KEPT = {
 
 @weight_rule
 def norm_clipping(
-    updates: Tensor, *, max_norm: float | None = None, adaptive: Literal["median", "mean"] = "median"
+    updates: Stack, *, max_norm: float | None = None, adaptive: Literal["median", "mean"] = "median"
 ) -> Tensor:
     """Weigh an update of L2 norm r by min(1, max_norm / r) / n; `max_norm` None follows this round's norms."""
-    count_clients(updates)
     if max_norm is not None and max_norm <= 0:
         raise ConfigError(f"norm_clipping wants max_norm > 0, got {max_norm}; leave it out to follow the round's norms")
-    lengths = norms(updates)
+    lengths = updates.norms
     if max_norm is not None:
         limit = lengths.new_tensor(max_norm)
     else:

@@ -6,13 +6,14 @@ definition 2 and algorithm 1 (option II), whose share beta is `num_byzantine` gi
 
 from torch import Tensor
 
-from strategies.rule import count_byzantine, count_clients, require_clients
+from strategies.rule import coordinate_rule, count_byzantine, require_clients
 from strategies.sorting import middle_mean
 
 
+@coordinate_rule
 def trimmed_mean(updates: Tensor, *, num_byzantine: int | float) -> Tensor:
     """Drop the f largest and f smallest values of every parameter and average the rest; needs n > 2f."""
-    num_clients = count_clients(updates)
+    num_clients = len(updates)
     f = count_byzantine(num_byzantine, num_clients)
     require_clients("trimmed_mean", "2f + 1", 2 * f + 1, num_clients, f)
     return middle_mean(updates, f, num_clients - f)

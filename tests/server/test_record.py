@@ -77,7 +77,7 @@ def test_resume_after_a_kill_between_two_writes(config, damage):
             "extra half line": "".join(lines) + '{"round": 4, "ac',
         }[damage]
     )
-    writer, last, vector = RunWriter.resume(config.replace(resume=True), LAYOUT)
+    writer, last, vector, _ = RunWriter.resume(config.replace(resume=True), LAYOUT)
     assert last == 3
     assert vector.tolist() == [3.0] * 6
     writer.write_round(record(4), torch.full((6,), 4.0), None)
@@ -87,7 +87,7 @@ def test_resume_after_a_kill_between_two_writes(config, damage):
 
 def test_resume_before_the_first_round(config):
     write(config, last=0)[0].close()
-    writer, last, vector = RunWriter.resume(config, LAYOUT)
+    writer, last, vector, _ = RunWriter.resume(config, LAYOUT)
     writer.close()
     assert (last, vector) == (0, None)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
+from strategies.pipeline import Pipeline, ServerStep
 from strategies.population import Population
 from strategies.robust import RobustStrategy
 from strategies.sampling import sample_clients
@@ -66,9 +67,10 @@ def answer_with(vector, examples=10):
     return make
 
 
-def strategy(num, rule="mean()", **changes):
+def strategy(num, rule="mean()", server_lr=1.0, **changes):
     fields = {
-        "rule": resolve("rule", rule),
+        "pipeline": Pipeline(resolve("rule", rule)),
+        "step": ServerStep(resolve("optimizer", "step()"), server_lr=server_lr),
         "layout": LAYOUT,
         "population": Population(num),
         "sample": lambda here, t: sample_clients(here, num, seed=1, round=t),

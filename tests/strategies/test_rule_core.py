@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strategies.rule import BLOCK_COLUMNS, count_byzantine, count_clients, require_clients, weighted_sum
+from strategies.rule import count_byzantine, require_clients, weighted_sum
 from strategies.rules.krum import krum
 from strategies.rules.multi_krum import multi_krum
+from strategies.stack import BLOCK_COLUMNS, Stack
 from tasks import spec
 from tasks.errors import AggregationError, ConfigError, SpecError
 from tasks.rng import generator
@@ -81,9 +82,9 @@ def test_precondition_says_what_was_wanted_and_what_came() -> None:
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(0, 3), torch.zeros(3), torch.zeros(2, 3, dtype=torch.int64)])
-def test_count_clients_refuses(wrong: torch.Tensor) -> None:
+def test_a_stack_refuses(wrong: torch.Tensor) -> None:
     with pytest.raises(AggregationError, match="a rule wants"):
-        count_clients(wrong)
+        Stack.of(wrong)
 
 
 def test_weight_rules_are_read_from_text() -> None:

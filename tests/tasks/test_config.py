@@ -36,7 +36,7 @@ def test_settings_read_back():
         ({"rule": 3}, "rule must be text"),
         ({"client-weights": "trust"}, "one of uniform, claimed"),
         ({"clients-per-round": 11}, "num-clients is 10"),
-        ({"malicious-clients": "3"}, "attack is empty"),
+        ({"malicious-clients": "3"}, "attack and collusion are empty"),
         ({"malicious-clients": "12", "attack": "sign_flip()"}, "ids go from 0 to 9"),
         ({"malicious-clients": "a", "attack": "sign_flip()"}, "write ids as"),
         ({"malicious-clients": "120%", "attack": "sign_flip()"}, "at most 100%"),

@@ -1,0 +1,83 @@
+"""From the updates of a round to its aggregate: mixings, then a rule; from the aggregate to the new model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from strategies.context import PER_CLIENT, RoundContext, needs, supply
+from strategies.rule import Mixing, Stack, WeightRule, weighted_sum
+from tasks.errors import AggregationError, ConfigError
+from tasks.spec import Component
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """The aggregate ``[params]``, and the weight that every client has in it, None where coordinates are weighed."""
+
+    vector: Tensor
+    weights: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Mixings and a rule; `check` refuses those that cannot go together."""
+
+    rule: Component
+    mixing: Sequence[Component] = ()
+
+    def check(self) -> None:
+        """Raise `ConfigError` if the rule looks at single clients but would be given mixtures of several."""
+        wanted = [name for name in needs(self.rule.function) if name in PER_CLIENT]
+        if self.mixing and wanted:
+            raise ConfigError(
+                f"{self.rule.name} looks at single clients ({', '.join(wanted)}), but mixing "
+                f"{' | '.join(map(str, self.mixing))} hands it mixtures of them; leave mixing empty"
+            )
+
+    def aggregate(self, updates: Tensor, context: RoundContext, claims: Tensor | None = None) -> Aggregate:
+        """Return the aggregate of ``[clients, params]``; `claims` ``[clients]`` scale the weights that a rule gives.
+
+        What the round remembers is written to `context.memory`; raises `AggregationError` if a precondition is broken.
+        """
+        if len(context.clients) != len(updates):
+            raise AggregationError(f"{len(updates)} updates came with {len(context.clients)} client ids")
+        self.check()
+        stack = Stack.of(updates)
+        for mixing in self.mixing:
+            matrix = cast(Mixing[...], mixing.function).matrix
+            stack = stack.mixed(matrix(stack, *supply(mixing, context, updates), **mixing.arguments))
+        offered = supply(self.rule, context, updates)
+        rule = self.rule.function
+        if not isinstance(rule, WeightRule):
+            result = Aggregate(rule(stack, *offered, **self.rule.arguments))
+        else:
+            decision = rule.decide(stack, *offered, **self.rule.arguments)
+            weights = stack.client_weights(decision.weights)
+            if claims is not None:
+                share = weights * claims
+                weights = share * (weights.sum() / share.sum())
+            vector, noise = weighted_sum(weights, updates), decision.noise(updates.shape[1])
+            result = Aggregate(vector if noise is None else vector + noise.to(vector), weights)
+        if "previous" in needs(rule):
+            context.memory["previous"] = result.vector.to(torch.float32)
+        return result
+
+
+@dataclass(frozen=True)
+class ServerStep:
+    """model <- transforms(model + eta * optimizer(aggregate))."""
+
+    optimizer: Component
+    transforms: Sequence[Component] = ()
+    server_lr: float = 1.0
+
+    def __call__(self, model: Tensor, aggregate: Tensor, context: RoundContext) -> Tensor:
+        """Return the new model ``[params]``, float32; optimisers and transforms keep state in `context.memory`."""
+        direction = self.optimizer(aggregate.to(torch.float32), *supply(self.optimizer, context, model))
+        model = torch.add(model, direction, alpha=self.server_lr)
+        for transform in self.transforms:
+            model = transform(model, *supply(transform, context, model))
+        return model
