@@ -26,10 +26,27 @@ def preflight(config: RunConfig) -> list[str]:
     task = load(config)
     if config.from_model:
         read_model(Path(config.from_model), task.layout)
+    _try_collusion(config)
     _try_rule(config)
     _try_trigger(config)
     _try_training(config)
     return [*_odd_attack(config), *_odd_sizes(config)]
+
+
+def _try_collusion(config: RunConfig) -> None:
+    """Let the attackers collude as they will in a round that samples their share; what never works is refused."""
+    if not (config.collusion and config.malicious_ids):
+        return
+    attackers = max(1, round(config.num_sampled * len(config.malicious_ids) / config.num_clients))
+    known = attackers if config.knowledge == "own" else config.num_sampled - attackers
+    draw = generator(config.seed, "preflight", "collusion")
+    try:
+        config.component("collusion")(torch.randn(known, WIDTH, generator=draw), attackers, config.num_sampled, draw)
+    except AggregationError as error:
+        raise ConfigError(
+            f"collusion {config.collusion} is not possible with {attackers} attackers among {config.num_sampled} "
+            f"replies a round: {error}"
+        ) from None
 
 
 def _try_rule(config: RunConfig) -> None:

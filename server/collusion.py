@@ -6,7 +6,9 @@ papers), or only what their own clients would honestly have sent.
 """
 
 from collections.abc import Callable
+from logging import WARNING
 
+from flwr.common import log
 from torch import Tensor
 
 from strategies.robust import Collude
@@ -31,8 +33,9 @@ def colluding(config: RunConfig, schedule: Schedule, malicious: Callable[[], set
         draw = generator(config.seed, "collusion", "round", round)
         try:
             written = attack(stack[known], len(rows), len(clients), draw)
-        except AggregationError:
-            return []  # too little to go by, such as no benign update at all: the attackers send what they have
+        except AggregationError as error:
+            log(WARNING, "round %d: the attackers cannot collude and send what they have: %s", round, error)
+            return []
         stack[rows] = written.to(stack.dtype)
         return [clients[row] for row in rows]
 

@@ -122,6 +122,17 @@ class RunConfig:
         return (Path(self.runs_dir).expanduser() / self.name).resolve()
 
     @property
+    def defence(self) -> str:
+        """Everything between the updates and the new model but the plain step, joined with ``|``."""
+        steps = (self.mixing, self.rule, "" if self.optimizer in ("step", "step()") else self.optimizer, self.transform)
+        return " | ".join(step for step in steps if step.strip())
+
+    @property
+    def offence(self) -> str:
+        """What malicious clients do, each alone and all together, joined with ``|``."""
+        return " | ".join(part for part in (self.attack, self.collusion) if part.strip())
+
+    @property
     def num_sampled(self) -> int:
         """Clients asked each round."""
         return self.clients_per_round or self.num_clients

@@ -1,8 +1,8 @@
 """Gaussian noise on every parameter of the new global model.
 
 Sun et al., "Can You Really Backdoor Federated Learning?", 2019, section 3 (weak differential privacy, with norm
-clipping as the rule); CRFL (Xie et al., ICML 2021), algorithm 1, line 12, draws the same noise after a clip of the model.
-The noise is drawn in float32 on the CPU from the round's generator, so that every engine and device adds the same.
+clipping as the rule); CRFL (Xie et al., ICML 2021), algorithm 1, line 12, draws the same noise after a clip of the
+model. The noise is drawn in float32 on the CPU from the round's generator, so that every engine adds the same.
 """
 
 import torch

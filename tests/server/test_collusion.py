@@ -77,3 +77,11 @@ def test_preflight_tries_mixing_and_step(tmp_path):
     config = RunConfig.read({**BASE, "runs-dir": str(tmp_path), "transform": "gaussian_noise(std=-1.0)"})
     with pytest.raises(ConfigError, match="std >= 0"):
         preflight(config)
+
+
+def test_preflight_refuses_a_collusion_that_cannot_work(tmp_path):
+    config = RunConfig.read(
+        {**BASE, "runs-dir": str(tmp_path), "malicious-clients": "0-3", "collusion": "a_little_is_enough()"}
+    )
+    with pytest.raises(ConfigError, match="not possible with 4 attackers among 6"):
+        preflight(config)

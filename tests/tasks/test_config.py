@@ -64,3 +64,13 @@ def test_malicious_clients():
     assert drawn != parse_clients("20%", 20, 2)
     assert len(parse_clients("1%", 10, 1)) == 1  # a share above zero is at least one client
     assert parse_clients("0%", 10, 1) == ()
+
+
+def test_defence_and_offence_in_one_line():
+    assert RunConfig().defence == "mean()"
+    assert RunConfig().offence == ""
+    config = RunConfig.read(
+        {"rule": "median()", "optimizer": "adam()", "transform": "gaussian_noise(std=0.1)", "attack": "sign_flip()"}
+    )
+    assert config.defence == "median() | adam() | gaussian_noise(std=0.1)"
+    assert config.offence == "sign_flip()"
