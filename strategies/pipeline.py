@@ -57,13 +57,19 @@ class Pipeline:
             decision = rule.decide(stack, *offered, **self.rule.arguments)
             weights = stack.client_weights(decision.weights)
             if claims is not None:
-                share = weights * claims
-                weights = share * (weights.sum() / share.sum())
+                weights = _scaled(weights, claims)
             vector, noise = weighted_sum(weights, updates), decision.noise(updates.shape[1])
             result = Aggregate(vector if noise is None else vector + noise.to(vector), weights)
         if "previous" in needs(rule):
             context.memory["previous"] = result.vector.to(torch.float32)
         return result
+
+
+def _scaled(weights: Tensor, claims: Tensor) -> Tensor:
+    """Return weights times claims with the same sum; unchanged where nobody who counts claims any sample."""
+    share = weights * claims
+    total = share.sum()
+    return share * (weights.sum() / total) if total > 0 else weights
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ Sun et al., "Can You Really Backdoor Federated Learning?", 2019, section 3 (norm
 clipping by Wang et al., "Attack of the Tails", NeurIPS 2020, section 4. Deviation: without `max_norm` the threshold
 follows the round. The adaptive variant of "Attack of the Tails" takes the mean of the round's norms, attackers
 included, which one huge update moves at will (``adaptive="mean"``); the default is their median.
+
+Precondition: none on n and f. Cost: the updates are read once for norms and once for the sum.
 """
 
 from typing import Literal
@@ -32,4 +34,15 @@ def norm_clipping(
         limit = lengths.new_tensor(max_norm)
     else:
         limit = lengths.quantile(0.5) if adaptive == "median" else lengths.mean()
-    return uniform_weights(updates) * torch.where(lengths <= limit, 1.0, limit / lengths)
+    return clipped_weights(updates, limit)
+
+
+def clipped_weights(updates: Stack, limit: Tensor) -> Tensor:
+    """Return the weights (``[rows]``) of the mean of all rows, each shortened to a norm of at most `limit`."""
+    return uniform_weights(updates) * clip_factors(updates, limit)
+
+
+def clip_factors(updates: Stack, limit: Tensor) -> Tensor:
+    """Return what each row is multiplied by (``[rows]``, at most 1) so that its L2 norm is at most `limit`."""
+    lengths = updates.norms
+    return torch.where(lengths <= limit, 1.0, limit / lengths)

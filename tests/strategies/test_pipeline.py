@@ -68,6 +68,12 @@ def test_claims_scale_the_weights_and_keep_their_sum() -> None:
     torch.testing.assert_close(weights, claims / 10)
 
 
+def test_claims_of_nothing_change_nothing() -> None:
+    weights = Pipeline(component(mean)).aggregate(UPDATES, context(), torch.zeros(6, dtype=torch.float64)).weights
+    assert weights is not None
+    torch.testing.assert_close(weights, torch.full((6,), 1 / 6, dtype=torch.float64))
+
+
 def test_a_rule_that_looks_at_clients_cannot_follow_a_mixing() -> None:
     with pytest.raises(ConfigError, match=r"recall looks at single clients \(history, clients\)"):
         Pipeline(component(recall), [Component("halves", halves)]).check()

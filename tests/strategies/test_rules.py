@@ -3,6 +3,9 @@
 A rule that breaks a law names it, with the reason, in `LAWS_NOT_KEPT` of its own file; then the law has to
 fail here, so that an exemption cannot outlive its cause. A rule whose arguments cannot be guessed from
 `num_byzantine` says what to try in `LAW_ARGUMENTS`.
+
+A law gives a rule a `Round`: the updates together with what a rule may want besides them. Whatever a law does to
+the updates, it does to all of it, as a federation would: a shift moves the server's own update as well.
 """
 
 import copy
@@ -10,12 +13,14 @@ import importlib
 import inspect
 import pickle
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from strategies.rule import WeightRule, weighted_sum
+from strategies.context import PER_CLIENT, RoundContext, needs, supply
+from strategies.rule import CoordinateRule, Stack, StackRule, WeightRule, weighted_sum
 from tasks import spec
 from tasks.errors import AggregationError
 from tasks.rng import generator
@@ -48,17 +53,79 @@ def close(one: Tensor, other: Tensor, scale: float = 1.0) -> None:
     torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-5 * scale)
 
 
-Rule = Callable[[Tensor], Tensor]
+@dataclass(frozen=True)
+class Round:
+    """The updates of a round and all that a rule may want besides; values alike in every call, generators included."""
+
+    updates: Tensor  # [clients, params]
+    clients: tuple[int, ...]
+    previous: Tensor  # [params], float32
+    root_update: Tensor  # [params], float32
+    matrix: Tensor | None = None  # the updates come mixed by it
+
+    @staticmethod
+    def of(updates: Tensor, root_update: Tensor | None = None) -> "Round":
+        """Return a first round: its history is its updates, and the server's own update is in the middle of them."""
+        root_update = updates.median(0).values if root_update is None else root_update
+        clients = tuple(range(len(updates)))
+        return Round(updates, clients, torch.zeros(updates.shape[1]), root_update.float())
+
+    def ordered(self, order: Tensor) -> "Round":
+        return replace(self, updates=self.updates[order], clients=tuple(self.clients[i] for i in order.tolist()))
+
+    def rearranged(self, order: Tensor) -> "Round":
+        moved = [one[..., order] for one in (self.updates, self.previous, self.root_update)]
+        return replace(self, updates=moved[0], previous=moved[1], root_update=moved[2])
+
+    def shifted(self, offset: Tensor) -> "Round":
+        moved = [one + offset.to(one) for one in (self.updates, self.previous, self.root_update)]
+        return replace(self, updates=moved[0], previous=moved[1], root_update=moved[2])
+
+    def scaled(self, factor: float) -> "Round":
+        scaled = [factor * one for one in (self.updates, self.previous, self.root_update)]
+        return replace(self, updates=scaled[0], previous=scaled[1], root_update=scaled[2])
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule with its hyper-parameters, to be called with a `Round`."""
+
+    component: spec.Component
+
+    def __call__(self, given: Round) -> Tensor:
+        return self.component(self._updates(given), *self._besides(given))
+
+    def weights(self, given: Round) -> Tensor | None:
+        """Return the weights of the updates, None for a rule that has none."""
+        if not isinstance(self.component.function, WeightRule):
+            return None
+        function, arguments = self.component.function, self.component.arguments
+        return function.weights(self._updates(given), *self._besides(given), **arguments)
+
+    def wants(self, *names: str) -> bool:
+        return bool(set(names) & set(needs(self.component.function)))
+
+    def set(self, **arguments: object) -> "Rule":
+        """Return the rule with other arguments, as far as it has them."""
+        known = spec.hyper_parameters(self.component.function)
+        own = {key: value for key, value in arguments.items() if key in known}
+        return Rule(replace(self.component, arguments={**self.component.arguments, **own}))
+
+    def _updates(self, given: Round) -> Tensor | Stack:
+        return given.updates if given.matrix is None else Stack.of(given.updates).mixed(given.matrix)
+
+    def _besides(self, given: Round) -> tuple[object, ...]:
+        memory = {"previous": given.previous}
+        context = RoundContext(given.clients, seed=9, root=lambda: given.root_update, memory=memory)
+        return supply(self.component, context, given.updates)
 
 
 def at_breakdown(rule: Rule, num_clients: int) -> tuple[Rule, int]:
     """Return the rule set for the largest number of outliers, below half, that it accepts, and that number."""
-    assert isinstance(rule, spec.Component)
     for f in range((num_clients - 1) // 2, 0, -1):
-        given = {"num_byzantine": f} if "num_byzantine" in rule.arguments else {}
-        bearing = spec.Component(rule.name, rule.function, {**rule.arguments, **given})
+        bearing = rule.set(num_byzantine=f)
         try:
-            bearing(stack()[0].expand(num_clients, -1))
+            bearing(Round.of(stack()[0].expand(num_clients, -1)))
         except AggregationError:
             continue
         return bearing, f
@@ -66,39 +133,40 @@ def at_breakdown(rule: Rule, num_clients: int) -> tuple[Rule, int]:
 
 
 def law_client_order(rule: Rule) -> None:
-    updates = stack()
+    given = Round.of(stack())
     order = torch.randperm(NUM_CLIENTS, generator=generator(2, "order"))
-    close(rule(updates[order]), rule(updates))
+    close(rule(given.ordered(order)), rule(given))
 
 
 def law_shift(rule: Rule) -> None:
-    updates = stack()
+    given = Round.of(stack())
     offset = torch.randn(NUM_PARAMS, generator=generator(3, "offset")) * 10
-    close(rule(updates + offset) - offset, rule(updates))
+    close(rule(given.shifted(offset)) - offset, rule(given))
 
 
 def law_scale(rule: Rule) -> None:
-    updates = stack()
+    given = Round.of(stack())
     for factor in (1e-2, -3.0, 1e3):
-        close(rule(updates * factor) / factor, rule(updates))
+        close(rule(given.scaled(factor)) / factor, rule(given))
 
 
 def law_unanimity(rule: Rule) -> None:
     update = stack()[0]
-    close(rule(update.expand(NUM_CLIENTS, -1).clone()), update)
+    close(rule(Round.of(update.expand(NUM_CLIENTS, -1).clone())), update)
 
 
 def law_input_untouched(rule: Rule) -> None:
-    updates = stack()
-    before = updates.clone()
-    rule(updates)
-    assert torch.equal(updates, before)
+    given = Round.of(stack())
+    before = copy.deepcopy(given)
+    rule(given)
+    for name in ("updates", "previous", "root_update"):
+        assert torch.equal(getattr(given, name), getattr(before, name)), name
 
 
 def law_bounded(rule: Rule) -> None:
     """With as many outliers as the rule bears, honest updates in a ball of radius R give a result in a wider ball.
 
-    How much wider is what holds for the geometric median: 2 (n - f) / (n - 2f).
+    How much wider is what holds for the geometric median: 2 (n - f) / (n - 2f). The server's own update is honest.
     """
     for num_clients in (10, NUM_CLIENTS, 51):
         bearing, f = at_breakdown(rule, num_clients)
@@ -114,7 +182,7 @@ def law_bounded(rule: Rule) -> None:
                 for towards in (directions[0].expand(f, -1), directions[:f]):
                     updates = radius * honest
                     updates[outliers] = size * towards
-                    result = float(bearing(updates).double().norm()) / radius
+                    result = float(bearing(Round.of(updates, radius * honest[0])).double().norm()) / radius
                     assert result <= factor, (
                         f"norm {result:.3g} R with f = {f} of {num_clients} at {size:g}, R = {radius}"
                     )
@@ -124,72 +192,83 @@ def law_finite(rule: Rule) -> None:
     for size in (0.0, 1e-30, 1e12, 1e30):
         updates = stack()
         updates[:NUM_BYZANTINE] *= size
-        assert rule(updates).isfinite().all()
-        assert rule(stack() * size).isfinite().all()
+        assert rule(Round.of(updates)).isfinite().all()
+        assert rule(Round.of(stack() * size)).isfinite().all()
 
 
 def law_float64(rule: Rule) -> None:
-    updates = stack(dtype=torch.float64)
-    result = rule(updates)
+    given = Round.of(stack(dtype=torch.float64))
+    result = rule(given)
     assert result.dtype == torch.float64
-    order = torch.randperm(NUM_CLIENTS, generator=generator(2, "order"))
-    torch.testing.assert_close(rule(updates[order]), result, rtol=1e-11, atol=1e-12)
-    torch.testing.assert_close(rule(updates.float()).double(), result, rtol=1e-3, atol=1e-4)
+    order = torch.randperm(NUM_PARAMS, generator=generator(2, "order"))
+    torch.testing.assert_close(rule(given.rearranged(order)), result[order], rtol=1e-11, atol=1e-12)
+    narrow = replace(given, updates=given.updates.float())
+    torch.testing.assert_close(rule(narrow).double(), result, rtol=1e-3, atol=1e-4)
 
 
 def law_shape(rule: Rule) -> None:
-    result = rule(stack())
+    result = rule(Round.of(stack()))
     assert result.shape == (NUM_PARAMS,)
     assert result.dtype == torch.float32
 
 
 def law_repeatable(rule: Rule) -> None:
-    assert torch.equal(rule(stack()), rule(stack()))
+    assert torch.equal(rule(Round.of(stack())), rule(Round.of(stack())))
+
+
+def law_mixed(rule: Rule) -> None:
+    """A stack that is mixed in n x n space gives what the mixed rows give when they are written down.
+
+    A rule that looks at single clients is never given mixtures.
+    """
+    if rule.wants(*PER_CLIENT):
+        return
+    given = Round.of(stack())
+    near = torch.rand(NUM_CLIENTS, NUM_CLIENTS, generator=generator(4, "mixed"), dtype=torch.float64)
+    averages = near.square() / near.square().sum(1, keepdim=True)
+    shorter = torch.diag(torch.linspace(0.3, 1.0, NUM_CLIENTS, dtype=torch.float64))
+    for matrix in (averages, shorter):
+        written = replace(given, updates=matrix.float() @ given.updates)
+        close(rule(replace(given, matrix=matrix)), rule(written))
 
 
 def law_weights_reproduce(rule: Rule) -> None:
-    weights = weights_of(rule)
+    given = Round.of(stack())
+    weights = rule.weights(given)
     if weights is None:
         return
-    updates = stack()
-    given = weights(updates)
-    assert given.shape == (NUM_CLIENTS,)
-    assert given.dtype == torch.float64
-    assert bool((given >= 0).all())
-    assert torch.equal(weighted_sum(given, updates), rule(updates))
+    assert weights.shape == (NUM_CLIENTS,)
+    assert weights.dtype == torch.float64
+    assert bool((weights >= 0).all())
+    assert torch.equal(weighted_sum(weights, given.updates), rule(given))
 
 
 def law_weights_sum_to_one(rule: Rule) -> None:
-    weights = weights_of(rule)
+    weights = rule.weights(Round.of(stack()))
     if weights is not None:
-        assert abs(float(weights(stack()).sum()) - 1) < 1e-12
+        assert abs(float(weights.sum()) - 1) < 1e-12
 
 
-LAWS = {name.removeprefix("law_"): value for name, value in list(globals().items()) if name.startswith("law_")}
-
-
-def weights_of(rule: Rule) -> Callable[[Tensor], Tensor] | None:
-    component = rule
-    assert isinstance(component, spec.Component)
-    weights = getattr(component.function, "weights", None)
-    return None if weights is None else lambda updates: weights(updates, **component.arguments)
+LAWS: dict[str, Callable[[Rule], None]] = {
+    name.removeprefix("law_"): value for name, value in list(globals().items()) if name.startswith("law_")
+}
 
 
 CASES = [pytest.param(name, law, id=f"{name}-{law}") for name in spec.names("rule") for law in LAWS]
 
 
-def component_of(name: str) -> spec.Component:
+def rule_of(name: str) -> Rule:
     given = ", ".join(f"{key}={value!r}" for key, value in arguments_of(name).items())
-    return spec.resolve("rule", f"{name}({given})")
+    return Rule(spec.resolve("rule", f"{name}({given})"))
 
 
 @pytest.mark.parametrize(("name", "law"), CASES)
 def test_rule_keeps_law(name: str, law: str) -> None:
     if law in exemptions(name):
         with pytest.raises(AssertionError):
-            LAWS[law](component_of(name))
+            LAWS[law](rule_of(name))
     else:
-        LAWS[law](component_of(name))
+        LAWS[law](rule_of(name))
 
 
 @pytest.mark.parametrize("name", spec.names("rule"))
@@ -204,7 +283,7 @@ def test_rule_reads_as_a_component(name: str) -> None:
     rule = spec.find("rule", name)
     assert rule.__name__ == name
     assert rule.__doc__
-    assert rule.__doc__ != WeightRule.__doc__
+    assert rule.__doc__ not in [kind.__doc__ for kind in (WeightRule, CoordinateRule, StackRule)]
     assert next(iter(inspect.signature(rule).parameters)) == "updates"
     assert pickle.loads(pickle.dumps(rule)) is rule  # noqa: S301
     assert copy.deepcopy(rule) is rule
@@ -214,5 +293,5 @@ def test_rule_reads_as_a_component(name: str) -> None:
 def test_laws_hold_for_views_and_many_blocks(name: str) -> None:
     """A stack that is a view with a stride, and wider than a block, gives what its contiguous copy gives."""
     wide = torch.randn(NUM_CLIENTS, 2 * 33_333, generator=generator(5, "wide"))[:, ::2]
-    rule = component_of(name)
-    close(rule(wide), rule(wide.contiguous()))
+    rule = rule_of(name)
+    close(rule(Round.of(wide)), rule(Round.of(wide.contiguous())))
