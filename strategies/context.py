@@ -59,18 +59,21 @@ def needs(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(positional)
 
 
-def supply(component: Component, context: RoundContext, updates: Tensor) -> tuple[Any, ...]:
-    """Return what a component wants besides the updates ``[clients, params]`` of this round, in its order."""
-    return tuple(_supply(name, component, context, updates) for name in needs(component.function))
+def supply(component: Component, context: RoundContext, updates: Tensor, place: str = "") -> tuple[Any, ...]:
+    """Return what a component wants besides the updates ``[clients, params]`` of this round, in its order.
+
+    `place` in a chain gives two components of one name generators of their own.
+    """
+    return tuple(_supply(name, component, context, updates, place) for name in needs(component.function))
 
 
-def _supply(name: str, component: Component, context: RoundContext, updates: Tensor) -> Any:
+def _supply(name: str, component: Component, context: RoundContext, updates: Tensor, place: str) -> Any:
     if name == "clients":
         return list(context.clients)
     if name == "round":
         return context.round
     if name == "generator":
-        return context.generator(component.name)
+        return context.generator(f"{place} {component.name}".strip())
     if name == "memory":
         return context.memory
     if name == "previous":

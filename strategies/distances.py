@@ -9,10 +9,16 @@ of cancellation, so a cluster shrinks each time, and no pair is left to chance.
 
 Blocks of columns are multiplied in the stack's precision and added up in float64. Rows whose squares leave
 float32's range are multiplied in float64. Only distances above 1e154, whose squares no float64 holds, are inf.
+Sums of n terms alone, such as norms, are float64 throughout: that costs no more than reading the stack.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from strategies import compiled
+from tasks.errors import AggregationError
 
 BLOCK_COLUMNS = 8192
 PANEL_ROWS = 64  # a Gram matrix is symmetric: panels of rows let its upper half be skipped
@@ -63,6 +69,8 @@ def gram(updates: Tensor, origin: int | None, rows: Tensor) -> Tensor:
 
 def norms(updates: Tensor) -> Tensor:
     """Return the L2 norm of every update (``[clients]``, float64)."""
+    if compiled.takes(updates):
+        return compiled.squares(updates).sqrt()
     narrow = torch.float64 if updates.dtype == torch.float64 else torch.float32
     squares = _squares(updates, narrow)
     if narrow == torch.float32 and not _in_range(squares, updates.shape[1]):
@@ -70,11 +78,47 @@ def norms(updates: Tensor) -> Tensor:
     return squares.sqrt()
 
 
+def dots(updates: Tensor, vector: Tensor) -> Tensor:
+    """Return the inner product of every update with `vector` ``[params]`` (``[clients]``, float64), in one reading."""
+    _check_length(updates, vector)
+    if compiled.takes(updates) and vector.device == updates.device:
+        return compiled.dots(updates, vector)
+    total = torch.zeros(len(updates), dtype=torch.float64, device=updates.device)
+    for block, part in _blocks(updates, vector):
+        total += block @ part
+    return total
+
+
+def squared_distances_to(updates: Tensor, vector: Tensor) -> Tensor:
+    """Return ||x_i - vector||^2 for every update (``[clients]``, float64), from differences and in one reading."""
+    _check_length(updates, vector)
+    if compiled.takes(updates) and vector.device == updates.device:
+        return compiled.distances_to(updates, vector)
+    total = torch.zeros(len(updates), dtype=torch.float64, device=updates.device)
+    for block, part in _blocks(updates, vector):
+        total += (block - part).square_().sum(1)
+    return total
+
+
+def _check_length(updates: Tensor, vector: Tensor) -> None:
+    if vector.shape != updates.shape[1:]:
+        raise AggregationError(f"wanted a vector of {updates.shape[1]} parameters, got {list(vector.shape)}")
+
+
+def _blocks(updates: Tensor, vector: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield blocks of columns and the part of `vector` they meet, both in float64."""
+    parts = vector.to(updates.device).split(BLOCK_COLUMNS)
+    for block, part in zip(updates.split(BLOCK_COLUMNS, dim=1), parts, strict=True):
+        yield block.double(), part.double()
+
+
 def _in_range(squares: Tensor, num_params: int) -> bool:
     return bool((torch.isfinite(squares) & (squares >= SMALLEST_SQUARE * num_params)).all())
 
 
 def _gram(updates: Tensor, origin: int | None, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    if compiled.takes(updates):
+        return compiled.gram(updates, origin, rows, dtype)
     num_rows, num_params = len(rows), updates.shape[1]
     width = min(BLOCK_COLUMNS if updates.device.type == "cpu" else 2**26 // num_rows, num_params)
     everyone = num_rows == len(updates)

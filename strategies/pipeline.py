@@ -46,9 +46,9 @@ class Pipeline:
             raise AggregationError(f"{len(updates)} updates came with {len(context.clients)} client ids")
         self.check()
         stack = Stack.of(updates)
-        for mixing in self.mixing:
+        for place, mixing in enumerate(self.mixing):
             matrix = cast(Mixing[...], mixing.function).matrix
-            stack = stack.mixed(matrix(stack, *supply(mixing, context, updates), **mixing.arguments))
+            stack = stack.mixed(matrix(stack, *supply(mixing, context, updates, f"mixing {place}"), **mixing.arguments))
         offered = supply(self.rule, context, updates)
         rule = self.rule.function
         if not isinstance(rule, WeightRule):
@@ -58,8 +58,7 @@ class Pipeline:
             weights = stack.client_weights(decision.weights)
             if claims is not None:
                 weights = _scaled(weights, claims)
-            vector, noise = weighted_sum(weights, updates), decision.noise(updates.shape[1])
-            result = Aggregate(vector if noise is None else vector + noise.to(vector), weights)
+            result = Aggregate(decision.complete(weighted_sum(weights, updates)), weights)
         if "previous" in needs(rule):
             context.memory["previous"] = result.vector.to(torch.float32)
         return result
@@ -84,6 +83,6 @@ class ServerStep:
         """Return the new model ``[params]``, float32; optimisers and transforms keep state in `context.memory`."""
         direction = self.optimizer(aggregate.to(torch.float32), *supply(self.optimizer, context, model))
         model = torch.add(model, direction, alpha=self.server_lr)
-        for transform in self.transforms:
-            model = transform(model, *supply(transform, context, model))
+        for place, transform in enumerate(self.transforms):
+            model = transform(model, *supply(transform, context, model, f"transform {place}"))
         return model

@@ -5,7 +5,7 @@ one decorator each; all of them take a tensor or a `Stack`, which may be mixed:
 
 * A *weight rule* decides how much each client counts. Its file defines a function from the stack to one float64
   weight per row; the result is one weighted sum of rows, and `.weights` gives the weights, which the run record keeps.
-  A rule that adds noise returns a `Decision`.
+  A rule that adds noise, or anything else, returns a `Decision`.
 * A *coordinate rule* (median, trimmed mean) treats every parameter on its own: a function of a tensor of columns.
 * A *stack rule* needs both (Bulyan): a function of the stack.
 
@@ -36,17 +36,26 @@ P = ParamSpec("P")
 
 @dataclass(frozen=True)
 class Decision:
-    """What a weight rule decided: one float64 weight per row, and Gaussian noise for every parameter of the sum."""
+    """What a weight rule decided: one float64 weight per row, and what is added to their sum.
+
+    That may be a vector, such as a share of the previous aggregate, and Gaussian noise for every parameter.
+    """
 
     weights: Tensor
     noise_std: float = 0.0
     generator: torch.Generator | None = None
+    added: Tensor | None = None  # [params]
 
-    def noise(self, num_params: int) -> Tensor | None:
-        """Return the noise (``[params]``, float32, drawn on the CPU so that every device adds the same), or None."""
-        if not self.noise_std:
-            return None
-        return torch.randn(num_params, generator=self.generator) * self.noise_std
+    def complete(self, total: Tensor) -> Tensor:
+        """Return the weighted sum of rows ``[params]`` with all that is added to it.
+
+        Noise is drawn in float32 on the CPU, so that every device adds the same.
+        """
+        if self.added is not None:
+            total = total + self.added.to(total)
+        if self.noise_std:
+            total = total + (torch.randn(len(total), generator=self.generator) * self.noise_std).to(total)
+        return total
 
 
 class Named:
@@ -84,8 +93,7 @@ class WeightRule(Rule, Generic[P]):
     def __call__(self, updates: Tensor | Stack, /, *args: P.args, **kwargs: P.kwargs) -> Tensor:
         stack = Stack.of(updates)
         decision = self.decide(stack, *args, **kwargs)
-        total, noise = stack.weighted_sum(decision.weights), decision.noise(stack.num_params)
-        return total if noise is None else total + noise.to(total)
+        return decision.complete(stack.weighted_sum(decision.weights))
 
 
 class CoordinateRule(Rule, Generic[P]):

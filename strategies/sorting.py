@@ -6,20 +6,28 @@ Programming 3, section 5.2.2, algorithm M) is a fixed sequence of such exchanges
 cannot change *which* values end up in the wanted ranks are left out, and exchanges at a regular
 distance run as one operation. Columns are taken in blocks that stay in the cache.
 
-A row has a place in each of two buffers: an exchange writes its minimum to the other buffer and its
-maximum in place, so that nothing is copied back.
+Large stacks on the CPU are sorted by `strategies.compiled`. For others there is a version in torch, in which a row has
+a place in each of two buffers: an exchange writes its minimum to the other buffer and its maximum in place, so that
+nothing is copied back.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from strategies import compiled
+from tasks.errors import AggregationError
 
 CPU_WORKSPACE = 2**21  # numbers per buffer: 8 MiB of float32, so that both stay in the last cache
 DEVICE_WORKSPACE = 2**27
 CPU_COLUMNS = (1024, 32768)  # fewer do not pay for the call of an operation, more do not fit the inner caches
+COMPILED_COLUMNS = 8192
+BOTH, LOWER, UPPER = 3, 1, 2  # which values of an exchange are used afterwards
+Layers = list[list[tuple[int, int]]]
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,11 @@ def middle_blocks(updates: Tensor, low: int, high: int, ordered: bool = False) -
     Ranks count from 0, the smallest. The values come in ascending order only if `ordered`. They lie in a
     workspace that the next block overwrites; the caller may change them.
     """
+    if not 0 <= low <= high <= len(updates):
+        raise AggregationError(f"wanted ranks 0 <= low <= high <= {len(updates)}, got {low} and {high}")
+    if compiled.takes(updates):
+        yield from _compiled_blocks(updates, low, high, ordered)
+        return
     num_clients, num_params = updates.shape
     device = updates.device
     width = _width(num_clients, num_params, device)
@@ -65,16 +78,97 @@ def middle_blocks(updates: Tensor, low: int, high: int, ordered: bool = False) -
         yield columns, buffers[0][low:high, : columns.stop - start]
 
 
-def middle_mean(updates: Tensor, low: int, high: int) -> Tensor:
-    """Return, per column, the mean of the values of ranks low to high - 1 (``[params]``); low < high."""
+def middle_mean(updates: Tensor, low: int, high: int, rows: Tensor | None = None) -> Tensor:
+    """Return, per column, the mean of the values of ranks low to high - 1 (``[params]``); low < high.
+
+    With `rows`, indices, only these updates count.
+    """
+    num_rows = len(updates) if rows is None else len(rows)
+    if not 0 <= low < high <= num_rows:
+        raise AggregationError(f"wanted ranks 0 <= low < high <= {num_rows}, got {low} and {high}")
+    if compiled.takes(updates):
+        program = _program(num_rows, _ends(num_rows, low, high, False), low, high)
+        result = compiled.middle_means(updates, rows, program, low, high, divide_first=False)
+        if _overflowed(result):
+            result = compiled.middle_means(updates, rows, program, low, high, divide_first=True)
+        return result
+    chosen = updates if rows is None else updates.index_select(0, rows)
+    return _mean(chosen, lambda: middle_blocks(chosen, low, high), high - low)
+
+
+def nearest_mean(updates: Tensor, count: int, rows: Tensor | None = None) -> Tensor:
+    """Return, per column, the mean of the `count` values nearest to the median (``[params]``); 1 <= count <= clients.
+
+    The median of an even number of values is the mean of the two in the middle. Distances are those of the stack's
+    precision; of two values at the same distance the lower one is nearer. With `rows`, indices, only these count.
+    """
+    num_rows = len(updates) if rows is None else len(rows)
+    if not 1 <= count <= num_rows:
+        raise AggregationError(f"wanted the mean of 1 to {num_rows} values, got {count}")
+    if compiled.takes(updates):
+        program = _program(num_rows, _nearest_ends(num_rows, count), 0, num_rows)
+        result = compiled.nearest_means(updates, rows, program, count, divide_first=False)
+        if _overflowed(result):
+            result = compiled.nearest_means(updates, rows, program, count, divide_first=True)
+        return result
+    chosen = updates if rows is None else updates.index_select(0, rows)
+    return _mean(chosen, lambda: _nearest_blocks(chosen, count), count)
+
+
+def sign_sums(updates: Tensor) -> Tensor:
+    """Return, per column, how many values are positive less how many are negative (``[params]``, the stack's dtype)."""
+    if compiled.takes(updates):
+        return compiled.sign_sums(updates)
     result = torch.empty_like(updates[0])
-    for columns, values in middle_blocks(updates, low, high):
-        torch.sum(values, 0, out=result[columns])
-    result /= high - low
-    if result.isinf().any():  # a sum of values near the largest number overflowed: divide first
-        for columns, values in middle_blocks(updates, low, high):
-            torch.sum(values.div_(high - low), 0, out=result[columns])
+    width = _width(len(updates), updates.shape[1], updates.device)
+    for block, sums in zip(updates.split(width, dim=1), result.split(width), strict=True):
+        torch.sum(block.sign(), 0, out=sums)
     return result
+
+
+def _mean(updates: Tensor, blocks: Callable[[], Iterator[tuple[slice, Tensor]]], count: int) -> Tensor:
+    """Return the sums of the blocks' columns, by `count`."""
+    result = torch.empty_like(updates[0])
+    for columns, values in blocks():
+        torch.sum(values, 0, out=result[columns])
+    result /= count
+    if _overflowed(result):
+        for columns, values in blocks():
+            torch.sum(values.div_(count), 0, out=result[columns])
+    return result
+
+
+def _overflowed(result: Tensor) -> bool:
+    """Whether a sum may have left the range of numbers; then values are divided first, which is slower."""
+    return bool(result.isinf().any())
+
+
+def _nearest_blocks(updates: Tensor, count: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (columns, values ``[count, columns]``): of each column the `count` values nearest to its median.
+
+    They are neighbours in sorted order; so one of every `count`-th value is among them, the nearest of these.
+    """
+    num_clients = len(updates)
+    for columns, values in middle_blocks(updates, 0, num_clients, ordered=True):
+        lower, upper = values[(num_clients - 1) // 2], values[num_clients // 2]
+        median = torch.where(lower == upper, lower, lower / 2 + upper / 2)
+        nearest = values[:count]
+        for first in range(count, num_clients, count):
+            others = values[first : first + count]
+            best = nearest[: len(others)]
+            nearer = (others - median).abs() < (best - median).abs()
+            best.copy_(torch.where(nearer, others, best))
+        yield columns, nearest
+
+
+def _compiled_blocks(updates: Tensor, low: int, high: int, ordered: bool) -> Iterator[tuple[slice, Tensor]]:
+    num_clients, num_params = updates.shape
+    program = _program(num_clients, _ends(num_clients, low, high, ordered), low, high)
+    space = torch.empty(high - low, min(COMPILED_COLUMNS, num_params), dtype=updates.dtype)
+    for start in range(0, num_params, COMPILED_COLUMNS):
+        columns = slice(start, min(start + COMPILED_COLUMNS, num_params))
+        compiled.middle_values(updates, columns, program, low, high, space)
+        yield columns, space[:, : columns.stop - start]
 
 
 def _width(num_clients: int, num_params: int, device: torch.device) -> int:
@@ -89,14 +183,40 @@ def _network(num_rows: int, low: int, high: int, ordered: bool) -> tuple[tuple[E
     """Return the exchanges that bring the wanted ranks to rows low to high - 1, and the buffer each row ends in."""
     sides = [0] * num_rows
     program: list[Exchanges] = []
-    for layer in _pruned(_merge_exchange(num_rows), num_rows, low, high, ordered):
+    for layer in _pruned(_merge_exchange(num_rows), _ends(num_rows, low, high, ordered)):
         program.extend(_grouped(layer, sides))
         for first, _ in layer:
             sides[first] ^= 1
     return tuple(program), tuple(sides)
 
 
-def _merge_exchange(num_rows: int) -> list[list[tuple[int, int]]]:
+@functools.lru_cache(maxsize=64)
+def _program(num_rows: int, ends: tuple[int, ...], low: int, high: int) -> np.ndarray:
+    """Return the exchanges of `_pruned` in order: rows (which values are used, i, j); used are rows low to high - 1."""
+    used = [low <= row < high for row in range(num_rows)]
+    program = []
+    for layer in reversed(_pruned(_merge_exchange(num_rows), ends)):
+        for i, j in layer:
+            if kept := LOWER * used[i] + UPPER * used[j]:
+                program.append((kept, i, j))
+                used[i] = used[j] = True
+    return np.array(program[::-1], dtype=np.int64).reshape(-1, 3)
+
+
+def _ends(num_rows: int, low: int, high: int, ordered: bool) -> tuple[int, ...]:
+    """Return the class in which every row's value ends: one for each wanted rank or, unless `ordered`, one for all."""
+    wanted = range(low, high)
+    return tuple((row if ordered else low) if row in wanted else -1 if row < low else num_rows
+                 for row in range(num_rows))  # fmt: skip
+
+
+def _nearest_ends(num_rows: int, count: int) -> tuple[int, ...]:
+    """Return the class in which every row's value ends: one for all that are among the nearest whatever they are."""
+    always = set(range(num_rows - count, count)) - {(num_rows - 1) // 2, num_rows // 2}
+    return tuple(num_rows if row in always else row for row in range(num_rows))
+
+
+def _merge_exchange(num_rows: int) -> Layers:
     """Return the layers of Batcher's network; within a layer no row appears twice and the distance is one."""
     top = 1 << max(0, (num_rows - 1).bit_length() - 1)
     layers, p = [], top
@@ -111,13 +231,9 @@ def _merge_exchange(num_rows: int) -> list[list[tuple[int, int]]]:
     return layers
 
 
-def _pruned(
-    layers: list[list[tuple[int, int]]], num_rows: int, low: int, high: int, ordered: bool
-) -> list[list[tuple[int, int]]]:
-    """Drop exchanges between two rows that end in the same class (below, wanted, above) and are not used again."""
-    wanted = range(low, high)
-    ends: list[int | None] = [(row if ordered else low) if row in wanted else -1 if row < low else num_rows
-                              for row in range(num_rows)]  # fmt: skip
+def _pruned(layers: Layers, classes: tuple[int, ...]) -> Layers:
+    """Drop exchanges between two rows that end in the same class and are not used again."""
+    ends: list[int | None] = list(classes)
     kept = []
     for layer in reversed(layers):
         needed = [(i, j) for i, j in layer if ends[i] is None or ends[j] is None or ends[i] != ends[j]]

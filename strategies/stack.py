@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from strategies.distances import gram, majority_gram, norms, squared_distances
+from strategies.distances import dots, gram, majority_gram, norms, squared_distances
 from tasks.errors import AggregationError
 
 BLOCK_COLUMNS = 32768  # columns summed or mixed at once: 128 KiB of float32 a row, so that sums stay in the cache
@@ -125,10 +125,7 @@ class Stack:
 
     def dots(self, vector: Tensor) -> Tensor:
         """Return the inner products of the rows with `vector` ``[params]`` (``[rows]``, float64)."""
-        total = torch.zeros(len(self.updates), dtype=torch.float64, device=self.device)
-        for start in range(0, self.num_params, BLOCK_COLUMNS):
-            columns = slice(start, start + BLOCK_COLUMNS)
-            total += self.updates[:, columns].double() @ vector[columns].double()
+        total = dots(self.updates, vector)
         return total if self.matrix is None else self.matrix @ total
 
     def rows(self, chosen: Tensor) -> "Stack":

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tasks.errors import ConfigError
 
+LARGEST = torch.finfo(torch.float32).max  # of v: beyond it inf - inf would make the model NaN, and inf never shrinks
 SecondMoment = Callable[[Tensor, Tensor], Tensor]  # (v, aggregate squared) -> v
 
 
@@ -22,6 +23,7 @@ def adaptive(
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1 and tau > 0):
         raise ConfigError(f"{name} wants beta1 and beta2 in [0, 1) and tau > 0, got {beta1}, {beta2} and {tau}")
     first = beta1 * memory.get(f"{name}.first", torch.zeros_like(aggregate)) + (1 - beta1) * aggregate
-    second = grow(memory.get(f"{name}.second", torch.full_like(aggregate, tau * tau)), aggregate.square())
+    square = aggregate.square().clamp(max=LARGEST)
+    second = grow(memory.get(f"{name}.second", torch.full_like(aggregate, tau * tau)), square).clamp(max=LARGEST)
     memory[f"{name}.first"], memory[f"{name}.second"] = first, second
     return first / (second.sqrt() + tau)

@@ -17,4 +17,4 @@ def momentum(aggregate: Tensor, memory: dict[str, Tensor], *, beta: float = 0.9,
         raise ConfigError(f"momentum wants beta in [0, 1), got {beta}")
     velocity = beta * memory.get("momentum", torch.zeros_like(aggregate)) + aggregate
     memory["momentum"] = velocity
-    return aggregate + beta * velocity if nesterov else velocity
+    return aggregate + beta * velocity if nesterov else velocity.clone()  # the memory's own stays its own

@@ -1,4 +1,6 @@
-"""Distances against exact float64 differences, on stacks made to break a Gram matrix."""
+"""Distances against exact float64 differences, on stacks made to break a Gram matrix; in torch and compiled."""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -6,9 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from strategies import distances
-from strategies.distances import gram, majority_gram, norms, squared_distances
+from strategies import compiled, distances
+from strategies.distances import dots, gram, majority_gram, norms, squared_distances, squared_distances_to
+from tasks.errors import AggregationError
 from tasks.rng import generator
+
+
+@pytest.fixture(params=["torch", "compiled"], autouse=True, scope="module")
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run every test of this file twice, whatever the size of its stacks."""
+    if request.param == "compiled" and compiled.kernels() is None:
+        pytest.skip("numba is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "LEAST_NUMBERS", 0 if request.param == "compiled" else 2**60)
+        yield request.param
 
 
 def exact(updates: Tensor) -> Tensor:
@@ -145,3 +158,71 @@ def test_norms() -> None:
     torch.testing.assert_close(norms(updates), updates.double().norm(dim=1), rtol=1e-5, atol=0)
     wide = updates.double()
     torch.testing.assert_close(norms(wide), wide.norm(dim=1), rtol=1e-13, atol=0)
+
+
+def test_gram_around_0_and_around_a_row_that_is_not_among_them() -> None:
+    updates = normal(9, 5_001)
+    rows = torch.tensor([8, 2, 5])
+    wide = updates.double()
+    torch.testing.assert_close(gram(updates, None, rows), wide[rows] @ wide[rows].t(), rtol=1e-5, atol=1e-2)
+    centred = (updates - updates[0]).double()[rows]
+    torch.testing.assert_close(gram(updates, 0, rows), centred @ centred.t(), rtol=1e-5, atol=1e-2)
+
+
+@pytest.mark.parametrize("num_clients", range(1, 13))
+def test_gram_of_any_number_of_rows_and_columns(num_clients: int) -> None:
+    everyone = torch.arange(num_clients)
+    for num_params in (1, 15, 16, 17, 63, 4_113):
+        for dtype in (torch.float32, torch.float64):
+            updates = normal(num_clients, num_params, dtype=dtype)
+            wide = updates.double()
+            got = gram(updates, None, everyone)
+            torch.testing.assert_close(got, wide @ wide.t(), rtol=1e-5, atol=1e-5 * num_params)
+            assert torch.equal(got, got.t())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_views_of_a_larger_tensor(dtype: torch.dtype) -> None:
+    whole = normal(12, 3_000).to(dtype)
+    for updates in (whole[2:9, 100:2_500], whole[::3], whole[:, ::2], whole.t().contiguous().t()):
+        check(updates)
+        torch.testing.assert_close(norms(updates), updates.double().norm(dim=1), rtol=1e-5, atol=0)
+        vector = updates[1].clone()
+        torch.testing.assert_close(dots(updates, vector), updates.double() @ vector.double(), rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dots_and_distances_to_a_vector(dtype: torch.dtype) -> None:
+    offset = 30 * normal(1, 40_000, seed=2)
+    updates = (offset + 1e-3 * normal(6, 40_000)).to(dtype)
+    updates[1], updates[2], updates[3] = 1e30, 1e-30, 0
+    vector = (offset[0].double() + 1e-4 * normal(40_000, seed=3).double()).to(dtype)
+    before = updates.clone(), vector.clone()
+    wide = vector.double()
+    squares = (updates.double() - wide).square().sum(1)
+    torch.testing.assert_close(squared_distances_to(updates, vector), squares, rtol=1e-12, atol=0)
+    torch.testing.assert_close(dots(updates, vector), updates.double() @ wide, rtol=1e-9, atol=0)
+    assert torch.equal(updates, before[0])
+    assert torch.equal(vector, before[1])
+
+
+def test_a_float64_vector_is_not_rounded_to_the_precision_of_the_updates() -> None:
+    updates = 30 * normal(5, 3_000)
+    vector = updates[0].double() + 1e-7
+    got = squared_distances_to(updates, vector)
+    assert got[0].item() == pytest.approx(3_000 * 1e-14, rel=1e-6)
+    strided = vector.repeat_interleave(2)[::2]
+    assert torch.equal(squared_distances_to(updates, strided), got)
+
+
+def test_a_vector_of_another_length_is_refused() -> None:
+    for function in (dots, squared_distances_to):
+        with pytest.raises(AggregationError, match="8 parameters"):
+            function(torch.ones(3, 8), torch.ones(7))
+
+
+def test_everything_repeats_to_the_bit() -> None:
+    updates = 3 + normal(17, 20_000)
+    assert torch.equal(squared_distances(updates), squared_distances(updates))
+    assert torch.equal(norms(updates), norms(updates))
+    assert torch.equal(dots(updates, updates[0]), dots(updates, updates[0]))
