@@ -1,4 +1,4 @@
-"""The command line: `hawthorn run`, `list`, `report`, `compare`, `replay`, `data`."""
+"""The command line: `hawthorn run`, `reproduce`, `list`, `report`, `compare`, `replay`, `data`."""
 
 import csv
 import importlib.metadata
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from hawthorn.commands import data, listing, runs
+from hawthorn.commands import data, listing, reproduce, runs
 from hawthorn.engines import QUIET
 from tasks.errors import HawthornError
 
@@ -23,6 +23,7 @@ app = typer.Typer(
     help="Federated learning that defends itself and proves it.",
 )
 app.add_typer(data.app, name="data")
+app.command("reproduce")(reproduce.reproduce)
 # A pipe or a file has no width of its own; what is printed may be foreign text, so markup stays text.
 console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
 errors = Console(stderr=True, markup=False, highlight=False)
@@ -54,6 +55,11 @@ def run(
     runs_dir: Annotated[str | None, typer.Option(help="Folder that holds run folders.")] = None,
     data_dir: Annotated[str | None, typer.Option(help="Folder with data sets; else HAWTHORN_DATA.")] = None,
     arm: Annotated[str | None, typer.Option(help="Run this arm of the file only.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Which of the file's variants; default: its first.")] = None,
+    jobs: Annotated[int, typer.Option(help="Arms that run at a time, in processes of their own.")] = 1,
+    keep: Annotated[
+        bool, typer.Option("--continue", help="Keep finished arms of the same settings, go on with interrupted ones.")
+    ] = False,
     from_model: Annotated[str | None, typer.Option(help="Start from a model.safetensors.")] = None,
     keep_updates: Annotated[
         bool, typer.Option("--keep-updates", help="Store every round's updates, for replay.")
@@ -69,13 +75,14 @@ def run(
     if keep_updates:
         given["keep-updates"] = True
     if resume is not None:
-        if file or name or arm or runs_dir or from_model:
+        if file or name or arm or runs_dir or from_model or variant or keep:
             raise typer.BadParameter(
-                "--resume takes its settings from the run folder; only --set and --engine go with it"
+                "--resume takes its settings from the run folder; only --set, --jobs and --engine go with it"
             )
-        runs.resume(console, resume, set_ or [], given, engine, report=report, verbose=verbose)
-    else:
-        runs.run(console, file, set_ or [], given, engine, name=name, arm=arm, report=report, verbose=verbose)
+        runs.resume(console, resume, set_ or [], given, engine, jobs=jobs, report=report, verbose=verbose)
+        return
+    chosen = {"name": name, "arm": arm, "variant": variant, "jobs": jobs, "keep": keep}
+    runs.run(console, file, set_ or [], given, engine, **chosen, report=report, verbose=verbose)
 
 
 @app.command("list")

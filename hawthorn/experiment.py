@@ -8,80 +8,258 @@
     [arms.defended]
     rule = "median()"
 
-A file without `[arms]` is one run; a flat file of settings, as Flower's run config, works too.
+A file without `[arms]` is one run; a flat file of settings, as Flower's run config, works too. Further tables:
+
+    [grid], [map]      arms from axes, and how their heat map is drawn (see `hawthorn.grid`)
+    [variants.NAME]    settings of one of several forms of the experiment, such as its data set; the first is the
+                       default; `pretrain` and `arms.ARM` in it change those tables
+    [pretrain]         settings of one more run, without attack, whose model all arms start from
+    [paper.NAME]       figures to compare with: arm = [ACC, ASR] in percent, for that variant
+
+An arm's table may also hold `label` (how it is shown), `extra = true` (left out unless asked for) and `paper` (the
+row of `[paper]` it is compared with, if not the one of its own name).
 """
 
 import dataclasses
+import hashlib
+import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from hawthorn.grid import LABEL, Axis, Map, expand, read_axes, read_map
 from tasks.config import RunConfig
 from tasks.errors import ConfigError
 
-RESERVED = ("title", "about", "settings", "arms")
+TABLES = ("settings", "arms", "grid", "map", "variants", "pretrain", "paper")
+RESERVED = ("title", "about", *TABLES)
+# Settings of where and how a run is done; they do not touch its numbers.
+MACHINE = frozenset({"resume", "name", "runs_dir", "data_dir", "workers", "round_timeout", "startup_timeout"})
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run of an experiment; `config` is None when its settings cannot be read, and `problem` says why."""
+
+    label: str
+    config: RunConfig | None
+    problem: str = ""
+    title: str = ""
+    extra: bool = False
+    paper: str = ""  # its row among the paper's figures
+
+    @property
+    def shown(self) -> str:
+        """The arm's name for people."""
+        return self.title or self.label
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One run per arm, with resolved settings; `folder` holds the arms' folders and the report."""
+    """Arms with resolved settings; `folder` holds the arms' folders and the report."""
 
     title: str
     name: str
-    runs: list[RunConfig]
+    arms: list[Arm]
+    about: str = ""
+    variant: str = ""
+    variants: tuple[str, ...] = ()
+    start: Arm | None = None  # the run whose model all arms start from
+    axes: tuple[Axis, ...] = ()
+    points: dict[tuple[str, ...], str] = field(default_factory=dict)  # labels on the axes -> label of the arm
+    map: Map | None = None
+    paper: dict[str, tuple[float, float]] = field(default_factory=dict)  # row -> (ACC, ASR) in percent
+
+    @property
+    def runs(self) -> list[RunConfig]:
+        """The settings of every arm that has some."""
+        return [arm.config for arm in self.arms if arm.config is not None]
 
     @property
     def folder(self) -> Path:
         """The folder of the experiment: the run's own when there is one arm only."""
+        if not self.runs:
+            raise ConfigError(f"{self.title}: no arm has settings that work: {self.arms[0].problem}")
         return self.runs[0].replace(name=self.name).run_folder
 
 
 def read_experiment(
-    file: str | None, overrides: Mapping[str, Any], *, name: str | None = None, arm: str | None = None
+    file: str | None,
+    overrides: Mapping[str, Any],
+    *,
+    name: str | None = None,
+    arm: str | None = None,
+    variant: str | None = None,
+    suffix: str = "",
+    lenient: bool | None = None,
 ) -> Experiment:
-    """Read an experiment file (a path, or the name of a shipped one), apply overrides, check every arm."""
+    """Read an experiment file (a path, or the name of a shipped one), apply overrides, check every arm.
+
+    `suffix` is added to the names of the arms' folders. With `lenient` (None: in grids, whose points may name what
+    cannot work) an arm that cannot be read keeps its error.
+    """
     path = find_experiment(file or "quickstart")
+    content = _load(path)
+    shared, chosen = _with_variant(path, content, variant)
+    axes, points, arms = _arms(path, content, shared)
+    lenient = bool(axes) if lenient is None else lenient
+    of_variant = content.get("variants", {}).get(chosen, {}).get("arms", {})
+    if unknown := [label for label in of_variant if label not in arms]:
+        raise ConfigError(f"{path}: [variants.{chosen}.arms] changes {unknown[0]!r}, which is no arm")
+    arms = {label: {**table, **of_variant.get(label, {})} for label, table in arms.items()}
+    if arm is not None:
+        if arm not in arms:
+            raise ConfigError(f"{path} has no arm {arm!r}; it has: {', '.join(arms) or 'none'}")
+        arms, axes, points = {"": arms[arm]}, (), {}
+    elif not arms:
+        arms = {"": {}}
+    base = name or str(overrides.get("name", shared.get("name", path.stem))) + (f"-{chosen}" if chosen else "")
+    start = _start(path, content, shared, overrides, base, chosen, suffix)
+    first = {"from-model": str(start.config.run_folder / "model.safetensors")} if start and start.config else {}
+    found = [
+        _read_arm(path, label, {**shared, **first}, table, overrides, base, suffix, lenient)
+        for label, table in arms.items()
+    ]
+    return Experiment(
+        title=str(content.get("title", path.stem)),
+        name=base,
+        arms=found,
+        about=str(content.get("about", "")).strip(),
+        variant=chosen,
+        variants=tuple(content.get("variants", {})),
+        start=start,
+        axes=axes,
+        points=points,
+        map=None if arm is not None else read_map(content.get("map"), axes),
+        paper=_paper(path, content, chosen),
+    )
+
+
+def _read_arm(
+    path: Path,
+    label: str,
+    shared: Mapping[str, Any],
+    table: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    base: str,
+    suffix: str,
+    lenient: bool,
+) -> Arm:
+    about = {"title": str(table.get("label", "")), "extra": bool(table.get("extra", False))}
+    about["paper"] = str(table.get("paper", label))
+    changes = {key: value for key, value in table.items() if key not in ("label", "extra", "paper")}
+    values = {**shared, **changes, **overrides, "name": f"{base}/{label}{suffix}" if label else base + suffix}
+    try:
+        config = _read(values)
+    except ConfigError as error:
+        if lenient:
+            return Arm(label, None, problem=str(error), **about)
+        raise type(error)(f"{path}{f', arm {label}' if label else ''}: {error}") from None
+    return Arm(label, config, **about)
+
+
+def _read(values: Mapping[str, Any]) -> RunConfig:
+    config = RunConfig.read(values)
+    config.resolve_components()
+    return config.replace(runs_dir=str(Path(config.runs_dir).expanduser().resolve()))
+
+
+def _start(
+    path: Path,
+    content: Mapping[str, Any],
+    shared: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    base: str,
+    variant: str,
+    suffix: str,
+) -> Arm | None:
+    """Return the run that all arms start from: overrides apply to it unless `[pretrain]` says otherwise.
+
+    Its folder is named by a digest of its settings, so that experiments with equal pretraining share it.
+    """
+    if "pretrain" not in content or "from-model" in overrides:
+        return None
+    own = {**content["pretrain"], **content.get("variants", {}).get(variant, {}).get("pretrain", {})}
+    name = f"{own.pop('name', f'{base}-pretrain')}{f'-{variant}' if variant else ''}"
+    attack = {"attack": "", "malicious-clients": ""}
+    try:
+        config = _read({**shared, **overrides, **attack, **own, "name": name})
+        config = config.replace(name=f"{name}-{settings_digest(config)}{suffix}")
+    except ConfigError as error:
+        raise type(error)(f"{path}, [pretrain]: {error}") from None
+    return Arm("pretrain", config, title="pretraining")
+
+
+def settings_digest(config: RunConfig) -> str:
+    """Return eight hexadecimal digits that tell settings apart by what touches a run's numbers."""
+    changed = {
+        f.name: value
+        for f in dataclasses.fields(config)
+        if f.name not in MACHINE and (value := getattr(config, f.name)) != f.default
+    }
+    return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _load(path: Path) -> dict[str, Any]:
     try:
         content = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from None
-    shared, arms = _tables(path, content)
-    if arm is not None:
-        if arm not in arms:
-            raise ConfigError(f"{path} has no arm {arm!r}; it has: {', '.join(arms) or 'none'}")
-        arms = {"": arms[arm]}
-    if wrong := [label for label in arms if label and not re.fullmatch(r"\w[\w.+=@-]*", label)]:
-        raise ConfigError(f"{path}: an arm's name is made of letters, digits and . _ - + = @, got {wrong[0]!r}")
-    title = str(content.get("title", path.stem))
-    base = name or str(overrides.get("name", shared.get("name", path.stem)))
-    runs = []
-    for label, changes in (arms or {"": {}}).items():
-        values = {**shared, **changes, **overrides, "name": f"{base}/{label}" if label else base}
-        try:
-            config = RunConfig.read(values)
-            config.resolve_components()
-        except ConfigError as error:
-            raise type(error)(f"{path}{f', arm {label}' if label else ''}: {error}") from None
-        runs.append(config)
-    return Experiment(title, base, runs)
+    for key, value in content.items():
+        if key not in RESERVED and isinstance(value, dict | list):
+            known = ", ".join("[arms.NAME]" if table == "arms" else f"[{table}]" for table in TABLES)
+            raise ConfigError(f"{path}: unknown table {key!r}; there are: {known}")
+        if key in TABLES and not isinstance(value, dict):
+            raise ConfigError(f"{path}: {key} must be a table, got {value!r}")
+    for key in ("arms", "variants", "paper"):
+        if not all(isinstance(table, dict) for table in content.get(key, {}).values()):
+            raise ConfigError(f"{path}: settings and {key} must be tables: [settings], [{key}.NAME]")
+    return content
 
 
-def _tables(path: Path, content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    settings, arms = content.get("settings", {}), content.get("arms", {})
+def _with_variant(path: Path, content: Mapping[str, Any], variant: str | None) -> tuple[dict[str, Any], str]:
+    """Return the shared settings with those of the chosen variant, and its name (empty: there are none)."""
     flat = {key: value for key, value in content.items() if key not in RESERVED}
-    if wrong := [key for key, value in flat.items() if isinstance(value, dict | list)]:
-        raise ConfigError(f"{path}: unknown table {wrong[0]!r}; there are: [settings], [arms.NAME]")
-    if (
-        not isinstance(settings, dict)
-        or not isinstance(arms, dict)
-        or not all(isinstance(a, dict) for a in arms.values())
-    ):
-        raise ConfigError(f"{path}: settings and arms must be tables: [settings], [arms.NAME]")
-    return {**flat, **settings}, arms
+    shared, variants = {**flat, **content.get("settings", {})}, content.get("variants", {})
+    if variant is not None and variant not in variants:
+        raise ConfigError(f"{path} has no variant {variant!r}; it has: {', '.join(variants) or 'none'}")
+    if not variants:
+        return shared, ""
+    chosen = variant or next(iter(variants))
+    return {**shared, **{k: v for k, v in variants[chosen].items() if k not in ("pretrain", "arms")}}, chosen
+
+
+def _arms(
+    path: Path, content: Mapping[str, Any], shared: Mapping[str, Any]
+) -> tuple[tuple[Axis, ...], dict[tuple[str, ...], str], dict[str, dict[str, Any]]]:
+    """Return the axes and points of a grid (none without one), and all arms: label -> settings."""
+    if "grid" not in content:
+        if "map" in content:
+            raise ConfigError(f"{path}: [map] draws a [grid], and there is none")
+        if wrong := [label for label in content.get("arms", {}) if label and not re.fullmatch(LABEL, label)]:
+            raise ConfigError(f"{path}: an arm's name is made of letters, digits and . _ - + = @, got {wrong[0]!r}")
+        return (), {}, content.get("arms", {})
+    if "arms" in content:
+        raise ConfigError(f"{path} has [grid] and [arms]; make the arms an axis of the grid, from labels to settings")
+    try:
+        axes = read_axes(content["grid"])
+        arms, points = expand(shared, axes)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return axes, points, arms
+
+
+def _paper(path: Path, content: Mapping[str, Any], variant: str) -> dict[str, tuple[float, float]]:
+    tables = content.get("paper", {})
+    rows = tables.get(variant, {}) if variant else next(iter(tables.values()), {})
+    for row, figures in rows.items():
+        if not (isinstance(figures, list) and len(figures) == 2 and all(isinstance(x, int | float) for x in figures)):
+            raise ConfigError(f"{path}: [paper] {row} must be [ACC, ASR] in percent, got {figures!r}")
+    return {row: (float(figures[0]), float(figures[1])) for row, figures in rows.items()}
 
 
 def find_experiment(name: str) -> Path:
@@ -100,28 +278,3 @@ def shipped_experiments() -> dict[str, Path]:
     beside = Path(__file__).parent.parent / "experiments"  # a checkout
     folder = beside if beside.is_dir() else Path(str(files("hawthorn") / "experiments"))  # an installed wheel
     return {str(p.relative_to(folder).with_suffix("")): p for p in sorted(folder.glob("**/*.toml"))}
-
-
-def read_overrides(pairs: Sequence[str]) -> dict[str, Any]:
-    """Read `key=value` pairs of the command line; text settings need no quotes."""
-    kinds = {f.name.replace("_", "-"): type(f.default) for f in dataclasses.fields(RunConfig)}
-    values: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        key = key.strip().replace("_", "-")
-        if not equals:
-            raise ConfigError(f"--set wants key=value, got {pair!r}")
-        values[key] = _unquoted(text.strip()) if kinds.get(key) is str else _value(key, text.strip())
-    return values
-
-
-def _unquoted(text: str) -> str:
-    quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "\"'"
-    return text[1:-1] if quoted and text[0] not in text[1:-1] else text
-
-
-def _value(key: str, text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text.lower()}")["value"]
-    except tomllib.TOMLDecodeError:
-        raise ConfigError(f"cannot read --set {key}={text}: write a number, or true or false") from None

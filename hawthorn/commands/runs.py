@@ -3,18 +3,22 @@
 import logging
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from hawthorn.arms.perform import How, Outcome
+from hawthorn.arms.progress import display, tell_earlier
+from hawthorn.arms.run import run_arms
 from hawthorn.engines import find_engine
-from hawthorn.experiment import read_experiment, read_overrides
+from hawthorn.experiment import Arm, Experiment, read_experiment
+from hawthorn.overrides import read_overrides
 from hawthorn.preflight import preflight
-from server.record import RoundRecord, RunRecord, read_run, set_aside
+from server.record import RunRecord, read_run
 from tasks.config import RunConfig
 from tasks.errors import EngineError, RecordError
 
@@ -28,22 +32,89 @@ def run(
     *,
     name: str | None,
     arm: str | None,
+    variant: str | None = None,
+    jobs: int = 1,
+    keep: bool = False,
     report: bool,
     verbose: bool,
 ) -> None:
-    """Run every arm of an experiment, print the outcome, write the report."""
-    module = find_engine(engine)
-    experiment = read_experiment(file, {**read_overrides(pairs), **given}, name=name, arm=arm)
-    configs = [c.replace(runs_dir=str(Path(c.runs_dir).expanduser().resolve())) for c in experiment.runs]
+    """Run every arm of an experiment, print the outcome, write the report; `keep` what is finished already."""
+    find_engine(engine)
+    overrides = {**read_overrides(pairs), **given}
+    experiment = read_experiment(file, overrides, name=name, arm=arm, variant=variant)
     console.print(f"{experiment.title}  [{engine}]", style="bold")
-    for config in configs:
-        for warning in preflight(config):
-            console.print(f"{config.name}: {warning}", style="yellow", soft_wrap=True)
-    for config in configs:
-        if aside := set_aside(config.run_folder):
-            console.print(f"an earlier run of that name is now {aside}", soft_wrap=True)
-    records = [_run_one(console, module, config, verbose) for config in configs]
-    _finish(console, records, experiment.title, experiment.folder if report else None)
+    quiet_flower(verbose)
+    arms = [a for a in experiment.arms if not a.extra]
+    if not experiment.axes:
+        for config in experiment.runs:
+            for warning in preflight(config.replace(from_model="") if experiment.start else config):
+                console.print(f"{config.name}: {warning}", style="yellow", soft_wrap=True)
+    if keep:
+        tell_earlier(console, arms)
+    run_start(console, experiment, engine, jobs if jobs > 1 else 0)
+    how = How(keep=keep, check=bool(experiment.axes))
+    begin = time.perf_counter()
+    with display(console, arms) as events:
+        outcomes = run_arms(arms, engine=engine, jobs=jobs, how=how, events=events)
+    if experiment.axes:
+        _finish_grid(console, experiment, outcomes, report, time.perf_counter() - begin)
+    else:
+        done = [a.config for a in arms if outcomes[a.label].has_record and a.config]
+        if not done:
+            raise EngineError(f"no run finished: {next(iter(outcomes.values())).error}")
+        folder = experiment.folder if report else None
+        _finish(console, [read_run(config.run_folder) for config in done], experiment.title, folder)
+    raise_failures(arms, outcomes)
+
+
+def _finish_grid(
+    console: Console, experiment: Experiment, outcomes: dict[str, Outcome], report: bool, seconds: float
+) -> None:
+    """Print what a grid came to; write its table and, where it has a map, the pictures and the page."""
+    from hawthorn.heatmap import cell_text, read_cells, tables
+
+    counts = Counter(outcome.status for outcome in outcomes.values())
+    said = ", ".join(f"{number} {status}" for status, number in counts.items())
+    console.print(f"{len(outcomes)} runs for {len(experiment.points)} points in {seconds:.0f} s: {said}")
+    if experiment.map is not None:
+        found, _ = tables(experiment, read_cells(experiment, outcomes))
+        table = Table(experiment.map.rows, title=found.title, title_justify="left")
+        for column in found.columns:
+            table.add_column(f"{experiment.map.columns} = {column}", justify="right")
+        for row in found.rows:
+            table.add_row(row, *(cell_text(found.cells[row, column]) for column in found.columns))
+        console.print(table)
+    if report:
+        from hawthorn.report.map_page import write_map
+
+        for path in write_map(experiment, outcomes).values():
+            console.print(f"{path.name}: {path}", soft_wrap=True)
+
+
+def run_start(console: Console, experiment: Experiment, engine: str = "in_process", jobs: int = 0) -> None:
+    """Run the pretraining that all arms of an experiment start from, unless it is there already."""
+    if experiment.start is None or experiment.start.config is None:
+        return
+    config = experiment.start.config.replace(workers=experiment.start.config.workers or max(jobs, 0))
+    start = Arm(experiment.start.label, config, title=experiment.start.title)
+    with display(console, [start]) as events:
+        outcome = run_arms([start], engine=engine, how=How(keep=True, shared=True), events=events)[start.label]
+    if not outcome.has_record:
+        raise EngineError(f"the pretraining that all runs start from failed: {outcome.error}")
+
+
+def raise_failures(arms: Sequence[Arm], outcomes: dict[str, Outcome]) -> None:
+    """Raise `EngineError` that names the arms that failed, if any did."""
+    failed = [(arm.shown, outcomes[arm.label].error) for arm in arms if outcomes[arm.label].status == "failed"]
+    if failed:
+        more = f" (and {len(failed) - 1} more: {', '.join(name for name, _ in failed[1:9])})" if len(failed) > 1 else ""
+        name = f"{failed[0][0]}: " if failed[0][0] else ""
+        raise EngineError(f"{len(failed)} of {len(arms)} runs failed; {name}{failed[0][1]}{more}")
+
+
+def quiet_flower(verbose: bool) -> None:
+    """Let Flower log, or keep it to its errors."""
+    logging.getLogger("flwr").setLevel(logging.INFO if verbose else logging.ERROR)
 
 
 def resume(
@@ -53,25 +124,38 @@ def resume(
     given: dict[str, Any],
     engine: str,
     *,
+    jobs: int = 1,
     report: bool,
     verbose: bool,
 ) -> None:
     """Continue the unfinished runs in a folder from their last finished round."""
-    module = find_engine(engine)
+    find_engine(engine)
+    quiet_flower(verbose)
     changes = {**read_overrides(pairs), **given}
-    records = []
+    arms: list[Arm] = []
     for before in read_all([folder]):
         home = before.folder.resolve()
         depth = len(Path(before.config.name).parts)
         values = {**before.config.settings(), **changes, "runs-dir": str(home.parents[depth - 1]), "resume": True}
         config = RunConfig.read({**values, "name": str(home.relative_to(home.parents[depth - 1]))})
+        arms.append(Arm(config.name, config))
         if before.status == "finished" and len(before.rounds) >= config.num_rounds:
             console.print(f"{config.name}: finished after {len(before.rounds)} rounds, nothing to do")
-            records.append(before)
-            continue
-        console.print(f"{config.name}: {len(before.rounds)} of {config.num_rounds} rounds are done, going on")
-        records.append(_run_one(console, module, config, verbose, done=len(before.rounds)))
+        else:
+            console.print(f"{config.name}: {len(before.rounds)} of {config.num_rounds} rounds are done, going on")
+    todo = [arm for arm in arms if arm.config and not _is_done(arm.config)]
+    outcomes: dict[str, Outcome] = {}
+    if todo:
+        with display(console, todo) as events:
+            outcomes = run_arms(todo, engine=engine, jobs=jobs, how=How(resume=True, check=False), events=events)
+    records = [read_run(arm.config.run_folder) for arm in arms if arm.config]
     _finish(console, records, records[0].config.name, folder if report else None)
+    raise_failures(todo, outcomes)
+
+
+def _is_done(config: RunConfig) -> bool:
+    before = read_run(config.run_folder)
+    return before.status == "finished" and len(before.rounds) >= config.num_rounds
 
 
 def read_all(folders: Sequence[Path]) -> list[RunRecord]:
@@ -93,46 +177,6 @@ def write(records: list[RunRecord], out: Path, title: str | None = None) -> Path
     return write_report(records, out, title)
 
 
-def _run_one(console: Console, module: Any, config: RunConfig, verbose: bool, done: int = 0) -> RunRecord:
-    logging.getLogger("flwr").setLevel(logging.INFO if verbose else logging.ERROR)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    begin, told = time.perf_counter(), set()
-    with Progress(
-        *columns, TextColumn("{task.fields[status]}"), console=console, disable=not console.is_terminal
-    ) as progress:
-        bar = progress.add_task(config.name, total=config.num_rounds, completed=done, status="starting")
-
-        def on_round(record: RoundRecord) -> None:
-            progress.update(bar, completed=record.round, status=_line(record))
-            if record.skipped or record.dropped:
-                _tell_drops(progress.console, record, told)
-            if not console.is_terminal:
-                console.print(
-                    f"{config.name}  round {record.round}/{config.num_rounds}  {_line(record)}", soft_wrap=True
-                )
-
-        try:
-            module.run(config, on_round, lambda text: progress.console.print(text, soft_wrap=True))
-        except KeyboardInterrupt:
-            progress.stop()
-            console.print(f"stopped; go on with: hawthorn run --resume {config.run_folder}", soft_wrap=True)
-            raise
-    record = read_run(config.run_folder)
-    if record.status != "finished":
-        raise EngineError(f"the run is {record.status} after {len(record.rounds)} rounds; see {config.run_folder}")
-    console.print(
-        f"{config.name}: {len(record.rounds)} rounds in {time.perf_counter() - begin:.1f} s -> {config.run_folder}",
-        soft_wrap=True,
-    )
-    return record
-
-
 def _doubts(record: RunRecord) -> list[str]:
     """What makes a run's figures mean less than they seem to."""
     doubts, rounds = [], record.rounds
@@ -145,27 +189,6 @@ def _doubts(record: RunRecord) -> list[str]:
     if here < record.config.num_clients:
         doubts.append(f"only {here} of {record.config.num_clients} clients took part")
     return doubts
-
-
-def _line(record: RoundRecord) -> str:
-    parts = [
-        f"{label} {100 * value:6.2f} %"
-        for label, value in (("ACC", record.acc), ("ASR", record.asr))
-        if value is not None
-    ]
-    return "  ".join([*parts, f"{record.seconds:.2f} s"])
-
-
-def _tell_drops(console: Console, record: RoundRecord, told: set[tuple[str, str]]) -> None:
-    """Print drops and skips; what happens to a client again and again is printed the first time only."""
-    for client, reason in record.dropped.items():
-        if (kind := (client, reason[:24])) not in told:
-            told.add(kind)
-            text = f"round {record.round}: client {client} dropped: {reason}"
-            console.print(text, style="yellow", soft_wrap=True)
-    if record.skipped:
-        text = f"round {record.round} skipped: {record.skipped}"
-        console.print(text, style="yellow", soft_wrap=True)
 
 
 def _finish(console: Console, records: list[RunRecord], title: str, folder: Path | None) -> None:

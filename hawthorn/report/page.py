@@ -102,7 +102,7 @@ def _participation(runs: list[RunRecord]) -> list[Picture]:
     pictures = []
     for run, label in zip(runs, run_labels(runs)):
         if figure := draw_participation(run, WIDE if len(runs) == 1 else HALF):
-            caption = f"{label}, {run.config.rule}. {describe_crop(run)}".rstrip()
+            caption = f"{label}, {run.config.defence}. {describe_crop(run)}".rstrip()
             pictures.append(_picture(png(figure), caption, f"clients and rounds of {label}"))
     return pictures
 

@@ -2,7 +2,9 @@
 
 import pytest
 
-from hawthorn.experiment import find_experiment, read_experiment, read_overrides, shipped_experiments
+from hawthorn.experiment import MACHINE, find_experiment, read_experiment, shipped_experiments
+from hawthorn.overrides import read_overrides
+from server.record import MAY_CHANGE
 from tasks.errors import ConfigError, SpecError
 
 FILE = """
@@ -69,6 +71,11 @@ def test_the_quickstart_takes_other_sizes(num_clients):
         ("[arms]\nrule = 'mean()'", ConfigError, "must be tables"),
         ("[arms.a]\nrule = 'krumm()'", SpecError, "arm a: unknown rule 'krumm'; there are: .*krum"),
         ("[settings]\nnum-rounds = '3'", ConfigError, "whole number"),
+        ("[paper.x]\na = [1]", ConfigError, r"\[paper\] a must be \[ACC, ASR\] in percent"),
+        ("[arms.a]\n[variants.x.arms.b]\nrule = 'mean()'", ConfigError, "changes 'b', which is no arm"),
+        ("[pretrain]\nrule = 'krumm()'", SpecError, r"\[pretrain\]: unknown rule 'krumm'"),
+        ("[map]\nrows = 'a'", ConfigError, r"\[map\] draws a \[grid\], and there is none"),
+        ("pretrain = 3", ConfigError, "pretrain must be a table, got 3"),
     ],
 )
 def test_errors_say_what_exists(tmp_path, content, error, says):
@@ -107,3 +114,23 @@ def test_overrides_are_read_by_type():
         read_overrides(["num-rounds"])
     with pytest.raises(ConfigError, match="write a number"):
         read_overrides(["num-rounds=two"])
+
+
+def test_what_does_not_touch_the_numbers_is_what_a_resumed_run_may_change():
+    assert MAY_CHANGE - {"num_rounds"} == MACHINE
+
+
+def test_variants_and_labels(tmp_path):
+    path = tmp_path / "forms.toml"
+    path.write_text(
+        "[settings]\nnum-rounds = 3\n[variants.small]\nnum-rounds = 1\n[variants.large]\nnum-rounds = 9\n"
+        "[arms.a]\nlabel = 'First'\n[arms.b]\nextra = true\nnum-rounds = 5\n"
+    )
+    experiment = read_experiment(str(path), {})
+    assert (experiment.variant, experiment.variants, experiment.name) == ("small", ("small", "large"), "forms-small")
+    assert [(a.shown, a.extra, a.config.num_rounds) for a in experiment.arms] == [("First", False, 1), ("b", True, 5)]
+    large = read_experiment(str(path), {}, variant="large")
+    assert [config.name for config in large.runs] == ["forms-large/a", "forms-large/b"]
+    assert large.runs[0].num_rounds == 9
+    with pytest.raises(ConfigError, match="no variant 'huge'; it has: small, large"):
+        read_experiment(str(path), {}, variant="huge")

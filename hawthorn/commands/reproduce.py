@@ -1,0 +1,117 @@
+"""`hawthorn reproduce NAME`: run a paper's table, and set our figures beside the paper's."""
+
+import dataclasses
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from hawthorn.commands.runs import quiet_flower, raise_failures, run_start
+from hawthorn.experiment import Arm
+from hawthorn.overrides import read_overrides
+from tasks.errors import ConfigError
+
+console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
+
+
+def reproduce(
+    name: Annotated[str | None, typer.Argument(help="Which table, such as flip-table2.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Show which tables there are, and their rows.")] = False,
+    dataset: Annotated[str | None, typer.Option(help="mnist, fashion_mnist or cifar10; default: the first.")] = None,
+    jobs: Annotated[int, typer.Option(help="Rows that run at a time; 0: one per core.")] = 0,
+    rows: Annotated[str | None, typer.Option(help="Rows by name, with commas; all: the extra ones too.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds of every row, in place of the paper's.")] = None,
+    seeds: Annotated[str, typer.Option("--seeds", "--seed", help="Seeds, with commas.")] = "1",
+    runs_dir: Annotated[str | None, typer.Option(help="Folder that holds run folders.")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Folder with data sets; else HAWTHORN_DATA.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run finished rows again.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Run nothing: show what is finished.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Flower's log.")] = False,
+) -> None:
+    """Run a paper's table: our figures beside the paper's, as table, CSV, Markdown, picture and page.
+
+    Finished rows are not run again; an interrupted call goes on where it stopped.
+    """
+    if list_ or name is None:
+        console.print(_studies())
+        return
+    from hawthorn.reproduce.results import result_table, write_results
+    from hawthorn.reproduce.study import read_rows, read_study
+
+    quiet_flower(verbose)
+    overrides = _overrides(set_ or [], rounds, runs_dir, data_dir)
+    wanted = [row.strip() for row in rows.split(",") if row.strip()] if rows else []
+    study = read_study(name, overrides, dataset=dataset, rows=wanted, seeds=_seeds(seeds))
+    console.print(study.first.title + (f"  [{study.first.variant}]" if study.first.variant else ""), style="bold")
+    outcomes = {} if show else _run(study, jobs or os.cpu_count() or 1, fresh)
+    found = read_rows(study, outcomes)
+    console.print(result_table(study, found))
+    for kind, path in write_results(study, found).items():
+        console.print(f"{kind}: {path}", soft_wrap=True)
+    if outcomes:
+        arms = [dataclasses.replace(arm, label=label) for label, arm in _arms(study).items()]
+        raise_failures(arms, outcomes)
+
+
+def _arms(study: Any) -> dict[str, Arm]:
+    """Return the arms of all seeds by the name of their run."""
+    arms = [arm for label in study.rows for arm in study.arms(label)]
+    several = len(study.seeds) > 1
+    named = {}
+    for arm in arms:
+        seed = f", seed {arm.config.seed}" if several and arm.config else ""
+        named[arm.config.name if arm.config else arm.label] = dataclasses.replace(arm, title=arm.shown + seed)
+    return named
+
+
+def _run(study: Any, jobs: int, fresh: bool) -> dict[str, Any]:
+    """Run the pretraining of each seed, then the rows of all seeds; return how each ended, by the name of its run."""
+    from hawthorn.arms.perform import How
+    from hawthorn.arms.progress import display, tell_earlier
+    from hawthorn.arms.run import run_arms
+
+    arms = [dataclasses.replace(arm, label=label) for label, arm in _arms(study).items()]
+    if not fresh:
+        tell_earlier(console, arms)
+    for experiment in study.experiments:
+        run_start(console, experiment, jobs=jobs)
+    with display(console, arms) as events:
+        return run_arms(arms, jobs=jobs, how=How(keep=not fresh), events=events)
+
+
+def _overrides(pairs: list[str], rounds: int | None, runs_dir: str | None, data_dir: str | None) -> dict[str, Any]:
+    overrides = read_overrides(pairs)
+    if rounds is not None:
+        overrides["num-rounds"] = rounds
+    for key, path in (("runs-dir", runs_dir), ("data-dir", data_dir)):
+        if path:
+            overrides[key] = os.path.abspath(os.path.expanduser(path))
+    return overrides
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--seeds wants whole numbers with commas, got {text!r}") from None
+
+
+def _studies() -> Table:
+    from hawthorn.experiment import read_experiment
+    from hawthorn.reproduce.study import shipped_studies
+
+    table = Table("name", "what it is", "data sets", "rows", "extra rows")
+    for name, path in shipped_studies().items():
+        experiment = read_experiment(str(path), {}, lenient=True)
+        table.add_row(
+            name,
+            experiment.title,
+            ", ".join(experiment.variants),
+            ", ".join(arm.label for arm in experiment.arms if not arm.extra),
+            ", ".join(arm.label for arm in experiment.arms if arm.extra),
+        )
+    return table
