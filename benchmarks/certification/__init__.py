@@ -1,0 +1,1 @@
+"""What certificates cost, and attacks that try to break them."""

@@ -1,0 +1,1 @@
+"""CRFL: certificates that training data changed by attackers in one round would not have changed a prediction."""

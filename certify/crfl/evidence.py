@@ -1,0 +1,77 @@
+"""What is known of the released model's prediction of each test point, before anything is said of the training."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from certify.bounds import Floats, VoteBounds
+from certify.linear import LinearModel
+from certify.network import Network
+from certify.smoothing.exact import exact_bounds, exact_votes
+from certify.smoothing.votes import Votes, inputs_sha256
+from tasks.errors import CertificationError
+
+Kind = Literal["votes", "margins"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Evidence:
+    """Per point: a label (ABSTAINED without one), and bounds of its votes or its distance to another label.
+
+    "votes" have `pa_lower` and `pb_upper` under noise `sigma`; "margins" have `shift_lower`, the l2 distance in
+    parameters within which the model without noise keeps the label.
+    """
+
+    kind: Kind
+    method: str
+    label: NDArray[np.int64]
+    bounds: Mapping[str, Floats]
+    model_sha256: str
+    data_sha256: str
+    sigma: float = 0.0
+    alpha: float = 0.0
+    num_points: int = 1  # how many points share alpha
+    seed: int | None = None
+    counts: NDArray[np.int64] | None = None
+    independent_trainings: bool = False  # whether every vote is of a model trained anew, with noise of its own
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def from_votes(votes: Votes, bounds: VoteBounds, *, independent_trainings: bool = False) -> "Evidence":
+        """Return the evidence of counted votes, their bounds made with `certify.bounds`."""
+        if not votes.complete:
+            have, wanted = votes.num_draws, votes.plan.num_draws
+            raise CertificationError(f"{have} of {wanted} draws are done; finish them, as bounds hold for all of them")
+        plan = votes.plan
+        drawn = {"num_draws": plan.num_draws, "noise": plan.noise, "stream": plan.stream}
+        return Evidence(
+            kind="votes", method=bounds.method, label=bounds.label, bounds=_pair(bounds), counts=votes.counts,
+            model_sha256=plan.model_sha256, data_sha256=plan.inputs_sha256, sigma=plan.sigma, alpha=bounds.alpha,
+            num_points=bounds.num_points, seed=plan.seed, independent_trainings=independent_trainings, parameters=drawn,
+        )  # fmt: skip
+
+    @staticmethod
+    def exact(network: Network, inputs: torch.Tensor, sigma: float) -> "Evidence":
+        """Return the exact votes of a softmax regression under noise `sigma`."""
+        bounds = exact_bounds(exact_votes(LinearModel.from_network(network), inputs, sigma))
+        return Evidence(
+            kind="votes", method=bounds.method, label=bounds.label, bounds=_pair(bounds), sigma=sigma,
+            model_sha256=network.sha256(), data_sha256=inputs_sha256(inputs), num_points=len(bounds.label),
+        )  # fmt: skip
+
+    @staticmethod
+    def margins(network: Network, inputs: torch.Tensor) -> "Evidence":
+        """Return the margins of a softmax regression without noise."""
+        label, shift = LinearModel.from_network(network).shifts_lower(inputs)
+        return Evidence(
+            kind="margins", method="margin", label=label, bounds={"shift_lower": shift}, num_points=len(label),
+            model_sha256=network.sha256(), data_sha256=inputs_sha256(inputs),
+        )  # fmt: skip
+
+
+def _pair(bounds: VoteBounds) -> dict[str, Floats]:
+    return {"pa_lower": np.atleast_1d(bounds.pa_lower), "pb_upper": np.atleast_1d(bounds.pb_upper)}
