@@ -20,9 +20,15 @@ HOUSE = ("hawthorn", "server", "client", "strategies", "certify", "tasks")
 ARROWS: dict[str, tuple[str, ...]] = {
     "hawthorn": HOUSE,
     "server": (
-        "client.attack", "client.attacks", "client.collusion", "client.trainer", "client.training",
-        "strategies", "certify", "tasks",
-    ),  # fmt: skip
+        "client.attack",
+        "client.attacks",
+        "client.collusion",
+        "client.trainer",
+        "client.training",
+        "strategies",
+        "certify",
+        "tasks",
+    ),
     "client": ("tasks",),
     "client.flip": ("certify", "tasks"),
     "strategies": ("tasks",),

@@ -1,0 +1,155 @@
+"""The gate's metrics of one model: accuracies plain, attacked and certified, mean certifiable loss, and the probes.
+
+Source: the certified federated adversarial training paper ("CFAT", NFFL 2021), section 4; see `certify.gate` for what
+is done with them. The probes are two more attacks, on the margin loss and on logits divided by a temperature, which
+find what cross-entropy on huge logits cannot, and the relative margin: the median over the certification set of the
+largest upper bound of z_q - z_y over the clean |z_y - max z_q|, which no scaling of the logits changes.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from certify.gate import BoundMetrics, GateMetrics
+from certify.network import Network
+from certify.pgd import Loss, PgdResult, pgd
+from certify.zonotope import ZonotopeResult, check
+from tasks.errors import CertificationError
+from tasks.rng import derive, generator
+
+_BATCH = 250  # samples attacked at once
+_HASHED = 2**20  # numbers hashed at once: a copy of all of them in float64 would not stay in the cache
+# A clean margin of 0 has no scale; the median must stay a number.
+_MOST_RELATIVE = 1e6
+
+Labelled = tuple[Tensor, Tensor]  # inputs [points, ...] and labels [points]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateSettings:
+    """How a candidate is measured; equal settings on equal data make metrics that can be compared."""
+
+    eps: tuple[float, ...]  # ascending radii of the certified accuracies
+    attack_eps: float
+    attack_steps: int = 20
+    attack_step_size: float | None = None
+    temperature: float = 100.0
+    probes: bool = True
+    seed: int = 0
+    input_range: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if sorted(set(self.eps)) != list(self.eps) or not all(0 <= eps < math.inf for eps in self.eps):
+            raise CertificationError(f"eps must be finite radii from 0 in ascending order, got {self.eps}")
+        if not 0 <= self.attack_eps < math.inf or not 0 < self.temperature < math.inf:
+            raise CertificationError(
+                f"attack_eps must be from 0 and temperature above 0, got {self.attack_eps} and {self.temperature}"
+            )
+        if type(self.attack_steps) is not int or self.attack_steps < 1:
+            raise CertificationError(f"attack_steps must be a whole number from 1, got {self.attack_steps!r}")
+        if self.attack_step_size is not None and not 0 < self.attack_step_size < math.inf:
+            raise CertificationError(f"attack_step_size must be above 0 or None, got {self.attack_step_size!r}")
+        if not -math.inf < self.input_range[0] < self.input_range[1] < math.inf:
+            raise CertificationError(f"input_range must be two ascending numbers, got {self.input_range}")
+
+    def protocol(self, validation: Labelled, certification: Labelled) -> str:
+        """Return the hash that says with what, and on what, metrics were measured."""
+        text = json.dumps({**asdict(self), "data": [data_sha256(*validation), data_sha256(*certification)]})
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def data_sha256(inputs: Tensor, labels: Tensor) -> str:
+    """Return the hash of labelled points; the same for float32 inputs and their float64 copies."""
+    digest = hashlib.sha256(json.dumps(list(inputs.shape)).encode())
+    for tensor, kind in ((inputs, "<f8"), (labels, "<i8")):
+        for part in tensor.detach().cpu().reshape(-1).split(_HASHED):
+            digest.update(part.numpy().astype(kind).tobytes())
+    return digest.hexdigest()
+
+
+def measure(
+    network: Network, validation: Labelled, certification: Labelled, settings: GateSettings, *,
+    device: torch.device | str | None = None, memory_bytes: int | None = None,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, phase: None,
+    should_stop: Callable[[], bool] | None = None,
+) -> GateMetrics:  # fmt: skip
+    """Return the metrics of `network`: attacks on the validation points, bounds around the certification points.
+
+    Raises `CertificationError` as soon as `should_stop` says so.
+    """
+    network = network.to(device).detach()
+    attacks: list[tuple[str, Loss, float]] = [("PGD", "cross_entropy", 1.0)]
+    if settings.probes:
+        attacks.append(("margin-loss PGD", "margin", 1.0))
+        attacks.append(("temperature PGD", "cross_entropy", settings.temperature))
+    total, done = len(attacks) + len(settings.eps), 0
+    results: list[PgdResult] = []
+    for phase, loss, temperature in attacks:
+        on_progress(done, total, phase)
+        results.append(_attack(network, validation, settings, loss, temperature, should_stop))
+        done += 1
+    bounds = []
+    for eps in settings.eps:
+        on_progress(done, total, f"bounds at {eps:g}")
+        result = check(
+            network, *certification, eps=eps, input_range=settings.input_range, device=device,
+            memory_bytes=memory_bytes, should_stop=should_stop,
+        )  # fmt: skip
+        bounds.append(_bound_metrics(eps, result, settings.probes))
+        done += 1
+    on_progress(done, total, "done")
+    return GateMetrics(
+        protocol=settings.protocol(validation, certification),
+        normal_accuracy=results[0].clean_accuracy,
+        pgd_accuracy=results[0].accuracy,
+        bounds=tuple(bounds),
+        margin_pgd_accuracy=results[1].accuracy if settings.probes else None,
+        temperature_pgd_accuracy=results[2].accuracy if settings.probes else None,
+    )
+
+
+def relative_margin(result: ZonotopeResult) -> float:
+    """Return the median of (largest upper bound of z_q - z_y) / |clean z_y - max z_q| over the points."""
+    ratios = result.relative_margin.nan_to_num(math.inf)  # 0 / 0: a model that says nothing is not robust
+    return ratios.clamp(-_MOST_RELATIVE, _MOST_RELATIVE).median().item()
+
+
+def _attack(
+    network: Network, points: Labelled, settings: GateSettings, loss: Loss, temperature: float,
+    should_stop: Callable[[], bool] | None,
+) -> PgdResult:  # fmt: skip
+    """Attack all points in batches; every batch has a generator of its own, so its size is part of the protocol."""
+
+    def classifier(inputs: Tensor) -> Tensor:
+        if should_stop is not None and should_stop():
+            raise CertificationError("the measurement was stopped before its end")
+        return network.forward(inputs)
+
+    place = next(iter(network.tensors().values()), points[0])
+    parts = []
+    for start in range(0, len(points[0]), _BATCH):
+        inputs, labels = (tensor[start : start + _BATCH].to(place.device) for tensor in points)
+        name = derive(settings.seed, "gate", loss, str(temperature), start)
+        parts.append(
+            pgd(
+                classifier, inputs.to(place.dtype), labels, eps=settings.attack_eps,
+                generator=generator(name), steps=settings.attack_steps, step_size=settings.attack_step_size,
+                loss=loss, temperature=temperature, input_range=settings.input_range,
+            )
+        )  # fmt: skip
+    whole = zip(*((part.inputs, part.correct, part.clean_correct) for part in parts), strict=True)
+    return PgdResult(*(torch.cat(pieces).cpu() for pieces in whole))
+
+
+def _bound_metrics(eps: float, result: ZonotopeResult, probes: bool) -> BoundMetrics:
+    return BoundMetrics(
+        eps=eps,
+        certified_accuracy=result.certified_accuracy,
+        mean_loss=result.mean_loss,
+        relative_margin=relative_margin(result) if probes else None,
+    )
