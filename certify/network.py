@@ -26,8 +26,6 @@ from tasks.params import Layout
 MAX_PARAMS = 2**30
 MAX_INPUT = 2**24
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
 HASHED_AT_ONCE = 2**20  # numbers turned into float64 at a time
 
 
