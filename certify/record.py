@@ -16,8 +16,8 @@ from typing import Any, Literal, get_args
 from tasks.errors import CertificationError, RecordError
 
 SCHEMA = 1
-# What an attacker may change: training features, training samples, clients, or the input at test time.
-Level = Literal["feature", "sample", "client", "input"]
+# What an attacker may change: training features, samples, clients, the released parameters, or the input at test time.
+Level = Literal["feature", "sample", "client", "model", "input"]
 # checked: established from the record of the run; stated: taken for granted; violated: known not to hold.
 Status = Literal["checked", "stated", "violated"]
 Value = None | bool | int | float | str | tuple["Value", ...]

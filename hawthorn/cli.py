@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from hawthorn.commands import data, listing, reproduce, runs
+from hawthorn.commands import certify, data, listing, reproduce, runs
 from hawthorn.engines import QUIET
 from tasks.errors import HawthornError
 
@@ -23,6 +23,7 @@ app = typer.Typer(
     help="Federated learning that defends itself and proves it.",
 )
 app.add_typer(data.app, name="data")
+app.add_typer(certify.app, name="certify")
 app.command("reproduce")(reproduce.reproduce)
 # A pipe or a file has no width of its own; what is printed may be foreign text, so markup stays text.
 console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)

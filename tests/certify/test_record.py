@@ -118,7 +118,7 @@ def test_nothing_in_it_can_change_and_it_travels() -> None:
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"level": "pixel"}, "feature or sample or client or input, got 'pixel'"),
+    ({"level": "pixel"}, "feature or sample or client or model or input, got 'pixel'"),
     ({"method": ""}, "method must be a name"),
     ({"unit": None}, "unit must be a name"),
     ({"label": -1}, "label must be None or a whole number"),
