@@ -30,23 +30,35 @@ def preflight(config: RunConfig) -> list[str]:
     _try_rule(config)
     _try_trigger(config)
     _try_training(config)
-    return [*_odd_attack(config), *_odd_sizes(config)]
+    return [*_odd_attack(config), *_odd_rule(config), *_odd_sizes(config)]
 
 
 def _try_collusion(config: RunConfig) -> None:
-    """Let the attackers collude as they will in a round that samples their share; what never works is refused."""
+    """Let the attackers collude, as many as their schedule brings into a round; what cannot work is refused."""
     if not (config.collusion and config.malicious_ids):
         return
-    attackers = max(1, round(config.num_sampled * len(config.malicious_ids) / config.num_clients))
-    known = attackers if config.knowledge == "own" else config.num_sampled - attackers
-    draw = generator(config.seed, "preflight", "collusion")
-    try:
-        config.component("collusion")(torch.randn(known, WIDTH, generator=draw), attackers, config.num_sampled, draw)
-    except AggregationError as error:
-        raise ConfigError(
-            f"collusion {config.collusion} is not possible with {attackers} attackers among {config.num_sampled} "
-            f"replies a round: {error}"
-        ) from None
+    for attackers in sorted(_attackers_of_a_round(config)):
+        known = attackers if config.knowledge == "own" else config.num_sampled - attackers
+        draw = generator(config.seed, "preflight", "collusion")
+        try:
+            config.component("collusion")(
+                torch.randn(known, WIDTH, generator=draw), attackers, config.num_sampled, draw
+            )
+        except AggregationError as error:
+            raise ConfigError(
+                f"collusion {config.collusion} is not possible with {attackers} attackers among {config.num_sampled} "
+                f"replies a round: {error}"
+            ) from None
+
+
+def _attackers_of_a_round(config: RunConfig) -> set[int]:
+    """Return how many attackers a round may have: those that the schedule forces into it, else their share."""
+    schedule, malicious = config.component("attack_schedule")(), len(config.malicious_ids)
+    rounds = range(1, min(config.num_rounds, 1000) + 1)
+    present = {len(schedule.attackers(number, malicious)) for number in rounds} - {0}
+    if not schedule.forced:
+        present = {round(config.num_sampled * count / config.num_clients) for count in present} - {0}
+    return {min(count, config.num_sampled) for count in present}
 
 
 def _try_rule(config: RunConfig) -> None:
@@ -102,12 +114,34 @@ def _try_training(config: RunConfig) -> None:
 
 def _odd_attack(config: RunConfig) -> list[str]:
     if not config.malicious_ids:
-        return []
+        return ["collusion is set, but malicious-clients names nobody: there is no attack"] if config.collusion else []
     schedule, malicious = config.component("attack_schedule")(), config.malicious_ids
     rounds = range(1, config.num_rounds + 1)
     if not any(schedule.attackers(number, len(malicious)) for number in rounds):
         return [f"no attack falls into rounds 1 to {config.num_rounds}: attack-schedule is {config.attack_schedule}"]
     return []
+
+
+def _odd_rule(config: RunConfig) -> list[str]:
+    """Say where the attackers that a rule is meant for could end every round by not answering, or hide in buckets."""
+    rule, mixing = config.component("rule"), config.chain("mixing")
+    assumed = rule.arguments.get("num_byzantine")
+    warnings = []
+    if isinstance(assumed, float) and any(part.name == "bucketing" for part in mixing):
+        warnings.append(
+            f"{rule}: a share is of the buckets, and each attacker may spoil a bucket of its own; give a count"
+        )
+    if isinstance(assumed, int) and 0 < assumed < config.num_sampled and not mixing:
+        left = torch.randn(config.num_sampled - assumed, WIDTH, generator=generator(config.seed, "preflight"))
+        root = left.mean(0)
+        try:
+            Pipeline(rule).aggregate(left, RoundContext(range(len(left)), seed=config.seed, root=lambda: root))
+        except AggregationError:
+            warnings.append(
+                f"{rule} skips a round in which {assumed} of {config.num_sampled} clients do not answer, "
+                "as that many attackers may choose; sample more clients or lower num_byzantine"
+            )
+    return warnings
 
 
 def _odd_sizes(config: RunConfig) -> list[str]:

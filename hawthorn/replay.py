@@ -17,11 +17,10 @@ from rich.text import Text
 from torch import Tensor
 
 from hawthorn.compare import DASH, attacker_share, percent
-from server.record import RoundRecord, RunRecord, read_run, read_updates
+from server.record import RoundRecord, RunRecord, read_beside, read_run, read_updates
 from strategies.checks import update_norm
 from strategies.context import RoundContext, needs
 from strategies.pipeline import Pipeline
-from strategies.rule import weighted_sum
 from tasks import spec
 from tasks.errors import AggregationError, RecordError
 from tasks.task import load
@@ -31,7 +30,7 @@ NOTE = (
     "Counterfactual per round: every round starts from the model that the run really had; "
     "the replayed rule's model is not carried on to the next round."
 )
-CLAIMED = " The run weighted clients by claimed sample counts, which are not stored; the replayed rule does without."
+CLAIMED = " The run weighted clients by claimed sample counts; the replayed rule does without."
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,8 @@ def replay(folder: Path, rule_text: str) -> ReplayResult:
     """
     run = read_run(folder)
     rule = Replayed(Pipeline(spec.resolve("rule", rule_text)), run)
-    own = Replayed(Pipeline(run.config.component("rule"), run.config.chain("mixing")), run)
+    claimed = run.config.client_weights == "claimed"
+    own = Replayed(Pipeline(run.config.component("rule"), run.config.chain("mixing")), run, claimed)
     if not run.rounds:
         raise RecordError(f"{run.folder} has no finished round to replay; its status is {run.status!r}")
     note = NOTE + (CLAIMED if run.config.client_weights == "claimed" else "")
@@ -91,7 +91,13 @@ class Replayed:
 
     pipeline: Pipeline
     run: RunRecord
+    claimed: bool = False
     memory: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def exposed(self) -> dict[int, int]:
+        """Per round, how many replies were dropped for what they held."""
+        return {record.round: record.exposed for record in self.run.rounds}
 
     def __str__(self) -> str:
         return " | ".join(map(str, (*self.pipeline.mixing, self.pipeline.rule)))
@@ -99,8 +105,17 @@ class Replayed:
     def __call__(self, round: int, clients: list[int], stack: Tensor) -> tuple[list[float] | None, Tensor]:
         """Return (weights per client or None, aggregate [params] in float64), as the strategy computes them."""
         layout = load(self.run.config).layout if "history" in needs(self.pipeline.rule.function) else None
-        context = RoundContext(clients, round, self.run.config.seed, layout, memory=dict(self.memory))
-        result = self.pipeline.aggregate(stack, context)
+        beside = read_beside(self.run.folder, round)
+        root, claims = beside.get("root_update"), beside.get("claims")
+        if root is None and "root_update" in needs(self.pipeline.rule.function):
+            raise RecordError(f"{self.pipeline.rule.name} wants the server's own update, and this run stored none")
+        context = RoundContext(
+            clients, round, self.run.config.seed, layout, None if root is None else lambda: root, dict(self.memory)
+        )
+        if claims is None and self.claimed:
+            raise RecordError(f"{self.run.folder} stored no claims of samples, by which it weighted clients")
+        scale = claims.tolist() if claims is not None and self.claimed else None
+        result = self.pipeline.aggregate(stack, context, scale, self.exposed.get(round, 0))
         self.memory = context.memory
         return None if result.weights is None else result.weights.tolist(), result.vector.double()
 
@@ -145,12 +160,7 @@ def _used_aggregate(run: RunRecord, own: Replayed, record: RoundRecord, stack: T
         return torch.zeros(stack.shape[1], dtype=torch.float64)
     where = f"{run.folder}, round {record.round}"
     try:
-        if run.config.client_weights == "claimed":
-            if record.weights is None:
-                raise RecordError(f"{where}: client-weights is claimed, but no weights are recorded")
-            used = weighted_sum(torch.tensor(record.weights, dtype=torch.float64), stack).double()
-        else:
-            used = own(record.round, record.clients, stack)[1]
+        used = own(record.round, record.clients, stack)[1]
     except AggregationError as error:
         raise RecordError(f"{where}: {own} refuses the stored updates, though not in the run: {error}") from None
     if not math.isclose(norm := update_norm(used), record.aggregate_norm, rel_tol=TOLERANCE, abs_tol=1e-9):

@@ -2,18 +2,16 @@
 
 No defence sees more than with real replies, as an attacker that knows the updates of others could have sent these
 very rows. What the attackers know is a setting: every benign update of the round (the omniscient attacker of most
-papers), or only what their own clients would honestly have sent.
+papers), or only the updates of their own clients, honest ones unless these attack by themselves as well. Where they
+know too little for their attack, they send what they have, and the record says so.
 """
 
 from collections.abc import Callable
-from logging import WARNING
 
-from flwr.common import log
 from torch import Tensor
 
 from strategies.robust import Collude
 from tasks.config import RunConfig
-from tasks.errors import AggregationError
 from tasks.rng import generator
 from tasks.schedule import Schedule
 
@@ -31,12 +29,7 @@ def colluding(config: RunConfig, schedule: Schedule, malicious: Callable[[], set
             return []
         known = [row for row in range(len(clients)) if row not in set(rows)] if config.knowledge == "all" else rows
         draw = generator(config.seed, "collusion", "round", round)
-        try:
-            written = attack(stack[known], len(rows), len(clients), draw)
-        except AggregationError as error:
-            log(WARNING, "round %d: the attackers cannot collude and send what they have: %s", round, error)
-            return []
-        stack[rows] = written.to(stack.dtype)
+        stack[rows] = attack(stack[known], len(rows), len(clients), draw).to(stack.dtype)
         return [clients[row] for row in rows]
 
     return collude

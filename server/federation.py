@@ -18,10 +18,12 @@ from torch import Tensor
 
 from client.attack import read_attack
 from server.collusion import colluding
+from server.crfl import CrflRecorder
 from server.evaluate import Evaluator, Metrics
 from server.record import RoundRecord, RunWriter, read_model
 from server.root import RootTrainer
 from strategies.checks import update_norm
+from strategies.context import BROADCAST
 from strategies.pipeline import Pipeline, ServerStep
 from strategies.population import Population
 from strategies.robust import RobustStrategy
@@ -69,6 +71,7 @@ class Federation:
         self.schedule: Schedule = config.component("attack_schedule")()
         self.population = Population(config.num_clients)
         self.evaluate = Evaluator(task, read_attack(config.attack).triggered, config.tau)
+        self.crfl = CrflRecorder.of(config, task)
         self.strategy = RobustStrategy(
             pipeline=Pipeline(config.component("rule"), config.chain("mixing")),
             step=ServerStep(config.component("optimizer"), config.chain("transform"), config.server_lr),
@@ -92,24 +95,32 @@ class Federation:
             self.writer.write_header(initial=_rounded(self.evaluate(vector)), facts=facts, started=time.time())
         for number in range(last + 1, self.config.num_rounds + 1):
             record, vector = self._round(number, vector)
-            self.writer.write_round(record, vector, self._kept(), self.strategy.memory)
+            self.writer.write_round(record, vector, self._kept(), self.strategy.memory, self._beside())
+            if self.crfl is not None:
+                self.crfl.add(record, vector)
             if on_round is not None:
                 on_round(record)
+        if self.crfl is not None:
+            self.crfl.finish(vector)
         self.writer.finish(vector, sha256=digest(vector))
 
     def _round(self, number: int, vector: Tensor) -> tuple[RoundRecord, Tensor]:
         begin = time.perf_counter()
-        messages = self.strategy.configure_train(number, to_record(vector, self.task.layout), ConfigRecord(), self.grid)
+        sent = self.strategy.memory.get(BROADCAST, vector)
+        messages = self.strategy.configure_train(number, to_record(sent, self.task.layout), ConfigRecord(), self.grid)
         replies = self.grid.send_and_receive(messages, timeout=self.config.round_timeout)
         trained = time.perf_counter()
         self.strategy.aggregate_train(number, replies)
-        vector, outcome = self.strategy.model, self.strategy.outcome
+        outcome = self.strategy.outcome
+        vector = vector if outcome.skipped else self.strategy.model
         aggregated = time.perf_counter()
         evaluated = number % self.config.eval_every == 0 or number == self.config.num_rounds
         metrics = self.evaluate(vector) if evaluated else None
         end = time.perf_counter()
         malicious, listed = self._malicious(), self.config.malicious_ids
         attacking = [c for c in outcome.sampled if c in malicious and self.schedule.attacks(c, listed, number)]
+        if outcome.collusion_failed and not self.config.attack:
+            attacking = []
         record = RoundRecord(
             round=number,
             **(_rounded(metrics) if metrics else {"acc": None, "asr": None}),
@@ -124,16 +135,28 @@ class Federation:
             aggregate_norm=outcome.aggregate_norm,
             model_norm=update_norm(vector),
             skipped=outcome.skipped,
+            exposed=outcome.exposed,
+            collusion_failed=outcome.collusion_failed,
             sha256=digest(vector),
             seconds_train=round(trained - begin, 4),
             seconds_aggregate=round(aggregated - trained, 4),
             seconds_evaluate=round(end - aggregated, 4),
+            broadcast_norm=None if (noisy := self.strategy.memory.get(BROADCAST)) is None else update_norm(noisy),
         )
         return record, vector
 
     def _kept(self) -> tuple[list[int], Tensor] | None:
         updates = self.strategy.outcome.updates
         return None if updates is None else (self.strategy.outcome.clients, updates)
+
+    def _beside(self) -> dict[str, Tensor]:
+        """What the rule had besides the updates."""
+        outcome, found = self.strategy.outcome, dict[str, Tensor]()
+        if outcome.claims is not None:
+            found["claims"] = torch.tensor(outcome.claims, dtype=torch.float64)
+        if outcome.root_update is not None:
+            found["root_update"] = outcome.root_update
+        return found
 
     def _sample(self, available: list[int], number: int) -> list[int]:
         forced = forced_clients(self.schedule, self.config.malicious_ids, number)
@@ -172,6 +195,7 @@ class Federation:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "flwr": importlib.metadata.version("flwr"),
+            "numba": _version("numba"),
             "hawthorn": importlib.metadata.version("hawthorn"),
         }
 
@@ -179,6 +203,14 @@ class Federation:
 def has_fixed_members(grid: Grid) -> bool:
     """Whether no further node will ever come: so in Flower's simulation and in the in-process engine."""
     return type(grid).__name__ in ("InMemoryGrid", "InProcessGrid")
+
+
+def _version(package: str) -> str | None:
+    """Return an optional package's version: with and without it the last bits of a sum may differ."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _rounded(metrics: Metrics) -> dict[str, float | None]:

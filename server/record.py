@@ -6,6 +6,7 @@
                         that round's line in its metadata
     model.safetensors   the same model as named arrays, at the end
     updates/, models/   per round, when the settings ask for them
+    crfl.json           what certificates need to know of the training, where CRFL runs (see `server.crfl`)
 
 The checkpoint is written first and renamed into place; the line of `rounds.jsonl` is inside it, so a kill between
 the two writes loses nothing: opening for resumption appends the missing line and cuts a half-written one.
@@ -55,7 +56,7 @@ class RoundRecord:
     aggregate_norm: float
     model_norm: float
     skipped: str | None
-    sha256: str  # of the global model after the round
+    sha256: str  # of the global model after the round: the one that is evaluated and kept
     acc_all: float | None = None
     asr_all: float | None = None
     auc: float | None = None
@@ -63,6 +64,9 @@ class RoundRecord:
     seconds_train: float = 0.0
     seconds_aggregate: float = 0.0
     seconds_evaluate: float = 0.0
+    exposed: int = 0  # replies dropped for what they held, which no honest client sends
+    collusion_failed: str | None = None  # why colluding attackers sent what they had instead
+    broadcast_norm: float | None = None  # of what clients get next, where that is not the model but a noisy one
 
     @staticmethod
     def from_json(line: str) -> "RoundRecord":
@@ -181,7 +185,7 @@ class RunWriter:
     def write_header(self, **changes: Any) -> None:
         """Write run.json, in one step."""
         self.header.update(changes)
-        _replace(self.folder / "run.json", (json.dumps(self.header, indent=2) + "\n").encode())
+        replace_file(self.folder / "run.json", (json.dumps(self.header, indent=2) + "\n").encode())
 
     def write_round(
         self,
@@ -189,14 +193,16 @@ class RunWriter:
         vector: Tensor,
         updates: tuple[list[int], Tensor] | None,
         memory: Mapping[str, Tensor] = MappingProxyType({}),
+        beside: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         """Write a finished round: optional stores first, then the checkpoint, then the line.
 
-        `memory` is what rules and server optimisers keep between rounds; it goes into the checkpoint.
+        `memory` is what rules and server optimisers keep between rounds; it goes into the checkpoint. `beside` are
+        tensors that the rule had besides the updates; they are stored with them, for replay.
         """
         if updates is not None and self.config.keep_updates:
             clients, stack = updates
-            tensors = {"updates": stack.contiguous(), "clients": torch.tensor(clients, dtype=torch.int64)}
+            tensors = {"updates": stack.contiguous(), "clients": torch.tensor(clients, dtype=torch.int64), **beside}
             self._store(f"updates/round-{record.round:05d}.safetensors", tensors)
         if self.config.keep_models and record.round % self.config.keep_models == 0:
             self._store(f"models/round-{record.round:05d}.safetensors", self.layout.split(vector))
@@ -231,7 +237,7 @@ class RunWriter:
             raise RecordError(f"{path} cannot be read ({error}); start the run anew") from None
         last = RoundRecord.from_json(line).round
         kept = [text for text in lines if RoundRecord.from_json(text).round < last]
-        _replace(rounds, "".join(text + "\n" for text in [*kept, line]).encode())
+        replace_file(rounds, "".join(text + "\n" for text in [*kept, line]).encode())
         return last, vector, memory
 
     def _store(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -240,6 +246,8 @@ class RunWriter:
         with _disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file({k: v.contiguous().clone() for k, v in tensors.items()}, partial, metadata)
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())  # before the rename: a power cut must not leave an empty file of that name
             os.replace(partial, path)
 
 
@@ -250,6 +258,12 @@ def read_updates(folder: Path, round: int) -> tuple[list[int], Tensor]:
         raise RecordError(f"{path} does not exist: run with --keep-updates to store the updates of every round")
     tensors = load_file(path)
     return tensors["clients"].tolist(), tensors["updates"]
+
+
+def read_beside(folder: Path, round: int) -> dict[str, Tensor]:
+    """Return what the rule had besides the updates in a stored round: `claims` [clients], `root_update` [params]."""
+    tensors = load_file(Path(folder) / f"updates/round-{round:05d}.safetensors")
+    return {name: tensor for name, tensor in tensors.items() if name not in ("updates", "clients")}
 
 
 def read_model(path: Path, layout: Layout) -> Tensor:
@@ -328,7 +342,8 @@ def _write_down(file: TextIO, text: str) -> None:
     os.fsync(file.fileno())
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file in one step: a reader, or a kill, meets the old content or the new."""
     partial = path.with_name(path.name + ".partial")
     with _disk(path):
         with partial.open("wb") as file:

@@ -11,7 +11,8 @@ caller with no federation can pass its own:
     root_update   the server's own update from data it trusts, ``[params]``, float32
     memory        a dictionary of tensors that is the component's own, kept from round to round
 
-What has to outlast a round is in `memory`, which goes into the checkpoint of the run.
+What has to outlast a round is in `memory`, which goes into the checkpoint of the run. A transform that gives clients
+another model than the one that is evaluated and kept leaves it there under `BROADCAST`.
 """
 
 import inspect
@@ -28,6 +29,7 @@ from tasks.rng import generator
 from tasks.spec import Component
 
 NAMES = ("clients", "round", "generator", "history", "previous", "root_update", "memory")
+BROADCAST = "broadcast"  # in memory: what clients get in the next round in place of the model, ``[params]``
 PER_CLIENT = ("clients", "history")  # what is known of a client has no meaning for a mixture of several
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,8 +28,18 @@ class Pipeline:
     rule: Component
     mixing: Sequence[Component] = ()
 
-    def check(self) -> None:
-        """Raise `ConfigError` if the rule looks at single clients but would be given mixtures of several."""
+    def check(self, claimed: bool = False) -> None:
+        """Raise `ConfigError` if the rule looks at single clients but would be given mixtures of several.
+
+        With `claimed` also if the samples that clients claim cannot scale its weights.
+        """
+        if claimed and not isinstance(self.rule.function, WeightRule):
+            raise ConfigError(f"client-weights = claimed needs a rule that weighs clients; {self.rule.name} does not")
+        if claimed and "root_update" in needs(self.rule.function):
+            raise ConfigError(
+                f"client-weights = claimed does not go with {self.rule.name}: the server's own update says how much a "
+                "client counts, and a claim would undo that"
+            )
         wanted = [name for name in needs(self.rule.function) if name in PER_CLIENT]
         if self.mixing and wanted:
             raise ConfigError(
@@ -37,9 +47,13 @@ class Pipeline:
                 f"{' | '.join(map(str, self.mixing))} hands it mixtures of them; leave mixing empty"
             )
 
-    def aggregate(self, updates: Tensor, context: RoundContext, claims: Tensor | None = None) -> Aggregate:
-        """Return the aggregate of ``[clients, params]``; `claims` ``[clients]`` scale the weights that a rule gives.
+    def aggregate(
+        self, updates: Tensor, context: RoundContext, claims: Sequence[float] | None = None, exposed: int = 0
+    ) -> Aggregate:
+        """Return the aggregate of ``[clients, params]``; `claims` of samples scale the weights that a rule gives.
 
+        `exposed` Byzantine clients have shown themselves by replies that were dropped; as many fewer of the
+        num_byzantine assumed are left, so that an attacker cannot use up a rule's margin by sending garbage.
         What the round remembers is written to `context.memory`; raises `AggregationError` if a precondition is broken.
         """
         if len(context.clients) != len(updates):
@@ -47,21 +61,30 @@ class Pipeline:
         self.check()
         stack = Stack.of(updates)
         for place, mixing in enumerate(self.mixing):
+            offered = supply(mixing, context, updates, f"mixing {place}")
             matrix = cast(Mixing[...], mixing.function).matrix
-            stack = stack.mixed(matrix(stack, *supply(mixing, context, updates, f"mixing {place}"), **mixing.arguments))
+            stack = stack.mixed(matrix(stack, *offered, **left_of(mixing, exposed)))
         offered = supply(self.rule, context, updates)
         rule = self.rule.function
         if not isinstance(rule, WeightRule):
-            result = Aggregate(rule(stack, *offered, **self.rule.arguments))
+            result = Aggregate(rule(stack, *offered, **left_of(self.rule, exposed)))
         else:
-            decision = rule.decide(stack, *offered, **self.rule.arguments)
+            decision = rule.decide(stack, *offered, **left_of(self.rule, exposed))
             weights = stack.client_weights(decision.weights)
             if claims is not None:
-                weights = _scaled(weights, claims)
+                weights = _scaled(weights, torch.tensor(claims, dtype=torch.float64))
             result = Aggregate(decision.complete(weighted_sum(weights, updates)), weights)
         if "previous" in needs(rule):
             context.memory["previous"] = result.vector.to(torch.float32)
         return result
+
+
+def left_of(component: Component, exposed: int) -> dict[str, Any]:
+    """Return a component's arguments with the count num_byzantine less those exposed; a share is of those present."""
+    assumed = component.arguments.get("num_byzantine")
+    if not isinstance(assumed, int):
+        return component.arguments
+    return {**component.arguments, "num_byzantine": max(0, assumed - exposed)}
 
 
 def _scaled(weights: Tensor, claims: Tensor) -> Tensor:

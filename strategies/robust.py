@@ -8,7 +8,6 @@ whose precondition is broken, skip the round: the model and what the server reme
 rows after all replies are in. Rows that a server would drop are dropped then, as if they had come that way.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -25,8 +24,7 @@ from strategies.checks import claimed_examples, read_update, shorten, update_nor
 from strategies.context import RoundContext
 from strategies.pipeline import Pipeline, ServerStep
 from strategies.population import Population
-from strategies.rule import WeightRule
-from tasks.errors import AggregationError, ConfigError
+from tasks.errors import AggregationError
 from tasks.params import Layout
 from tasks.wire import from_record, to_record
 
@@ -44,6 +42,10 @@ class RoundOutcome:
     aggregate_norm: float = 0.0
     skipped: str | None = None  # why the round left the model as it was
     colluded: list[int] = field(default_factory=list)  # clients whose rows colluding attackers wrote
+    collusion_failed: str | None = None  # why they could not
+    exposed: int = 0  # replies dropped for what they held, which no honest client sends
+    claims: list[float] | None = None  # samples per client, where they count
+    root_update: Tensor | None = None  # [params]: the server's own, where the rule wants one
     updates: Tensor | None = None  # [clients, params]; a view that the next round overwrites
 
 
@@ -70,11 +72,7 @@ class RobustStrategy(FedAvg):
         round_timeout: float = 600.0,
     ) -> None:
         super().__init__(min_available_nodes=1, min_train_nodes=1, min_evaluate_nodes=1)
-        pipeline.check()
-        if client_weights == "claimed" and not isinstance(pipeline.rule.function, WeightRule):
-            raise ConfigError(
-                f"client-weights = claimed needs a rule that weighs clients; {pipeline.rule.name} does not"
-            )
+        pipeline.check(claimed=client_weights == "claimed")
         self.pipeline, self.step, self.layout, self.population, self.sample = pipeline, step, layout, population, sample
         self.seed, self.root, self.collude, self.client_weights = seed, root, collude, client_weights
         self.min_replies, self.max_update_norm, self.round_timeout = min_replies, max_update_norm, round_timeout
@@ -145,12 +143,13 @@ class RobustStrategy(FedAvg):
             round=outcome.round,
             seed=self.seed,
             layout=self.layout,
-            root=None if self.root is None else functools.partial(self.root, self.model, outcome.round),
+            root=None if self.root is None else self._train_root,
             memory=dict(self.memory),
         )
-        scale = torch.tensor(claims, dtype=torch.float64) if self.client_weights == "claimed" else None
+        if self.client_weights == "claimed":
+            outcome.claims = claims
         try:
-            aggregate = self.pipeline.aggregate(stack, context, scale)
+            aggregate = self.pipeline.aggregate(stack, context, outcome.claims, outcome.exposed)
         except AggregationError as error:
             outcome.skipped = str(error)
             return None
@@ -165,18 +164,28 @@ class RobustStrategy(FedAvg):
         self.memory = context.memory
         return model
 
+    def _train_root(self) -> Tensor:
+        assert self.root is not None
+        self.outcome.root_update = self.root(self.model, self.outcome.round)
+        return self.outcome.root_update
+
     def _with_collusion(self, stack: Tensor, claims: list[float]) -> tuple[Tensor, list[float]]:
         """Let colluding attackers write their rows; returns the rows, and claims, that are still usable."""
         outcome = self.outcome
         if self.collude is None or not len(stack):
             return stack, claims
-        outcome.colluded = self.collude(outcome.round, outcome.clients, stack)
+        try:
+            outcome.colluded = self.collude(outcome.round, outcome.clients, stack)
+        except AggregationError as error:
+            outcome.collusion_failed = str(error)
+            log(WARNING, "round %d: the attackers cannot collude: %s", outcome.round, error)
         kept: list[int] = []
         for row, client in enumerate(outcome.clients):
             if client in outcome.colluded:
                 outcome.norms[row] = norm = update_norm(stack[row])
                 if not norm <= self.max_update_norm:
                     self._drop(client, f"update norm {norm:.3g}, max-update-norm is {self.max_update_norm:g}")
+                    outcome.exposed += 1
                     continue
             kept.append(row)
         if len(kept) == len(stack):
@@ -213,6 +222,7 @@ class RobustStrategy(FedAvg):
         for verdict in (norm, claim):
             if isinstance(verdict, str):
                 self._drop(client, verdict)
+                self.outcome.exposed += not reply.has_error()  # an honest client may fail, but sends no such thing
                 return
         claims.append(float(claim))
         self.outcome.clients.append(client)

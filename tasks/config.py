@@ -78,7 +78,7 @@ class RunConfig:
     collusion: str = setting("", "what malicious clients send together, instead of their updates", kind="collusion")
     knowledge: str = setting(
         "all",
-        "updates that colluding clients see: all, or the ones their own clients would send",
+        "updates that colluding clients see: all benign ones, or those of their own clients",
         choices=("all", "own"),
     )
     attack_schedule: str = setting("continuous()", "when they do it", kind="schedule")

@@ -185,6 +185,8 @@ def _doubts(record: RunRecord) -> list[str]:
     attacks = [(r, client) for r in rounds for client in r.attacking]
     if attacks and all(str(client) in r.dropped for r, client in attacks):
         doubts.append("every attacking client's reply was dropped, so the attack had no part in the result")
+    if failed := [r for r in rounds if r.collusion_failed]:
+        doubts.append(f"the attackers could not collude in {len(failed)} rounds: {failed[-1].collusion_failed}")
     here = record.facts.get("clients_here", record.config.num_clients)
     if here < record.config.num_clients:
         doubts.append(f"only {here} of {record.config.num_clients} clients took part")

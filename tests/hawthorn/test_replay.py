@@ -12,6 +12,7 @@ from hawthorn.replay import replay, replay_table
 from server.record import RoundRecord, RunWriter
 from strategies.checks import update_norm
 from tasks import spec
+from tasks.config import RunConfig
 from tasks.errors import AggregationError, RecordError, SpecError
 from tasks.params import Layout, digest
 from tasks.rng import generator
@@ -27,7 +28,7 @@ def updates(round: int, num_clients: int = 9) -> torch.Tensor:
     return stack
 
 
-def write(config, *, rounds: int = 3, keep: bool = True, change=lambda record: record, stored=lambda stack: stack):
+def write(config, *, rounds=3, keep=True, change=lambda record: record, stored=lambda stack: stack, beside=None):
     """Write a run folder as the round loop does; `change` edits a record's fields, `stored` what is kept."""
     config = config.replace(
         keep_updates=keep, num_clients=9, num_rounds=rounds, malicious_clients="0,3", attack="sign_flip()"
@@ -60,7 +61,7 @@ def write(config, *, rounds: int = 3, keep: bool = True, change=lambda record: r
             "skipped": skipped,
             "sha256": digest(vector),
         }
-        writer.write_round(RoundRecord(**change(fields)), vector, (clients, stored(stack)))
+        writer.write_round(RoundRecord(**change(fields)), vector, (clients, stored(stack)), {}, beside or {})
     writer.finish(vector)
     writer.close()
     return config.run_folder
@@ -177,7 +178,7 @@ def test_claimed_weights_come_from_the_record(config):
         used = weights @ updates(fields["round"]).double()
         return fields | {"weights": weights.tolist(), "aggregate_norm": float(used.norm())}
 
-    result = replay(write(config.replace(client_weights="claimed"), change=change), "mean()")
+    result = replay(write(config.replace(client_weights="claimed"), change=change, beside={"claims": claims}), "mean()")
     assert "claimed" in result.note
     assert result.rounds[0].run_share == pytest.approx(float(weights[0] + weights[3]))
     assert result.rounds[0].share == pytest.approx(2 / 9)
@@ -208,3 +209,32 @@ def test_a_real_run_replays(config):
     assert [record.impossible for record in result.rounds] == [None, None]
     assert all(record.benign_distance > 0 for record in result.rounds)
     assert all(record.run_share == pytest.approx(1 / 6) for record in result.rounds)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rule": "fltrust()", "root_samples": 40},
+        {"rule": "weak_dp(max_norm=1.0, std=0.01)", "client_weights": "claimed"},
+        {"rule": "centered_clipping()", "client_weights": "claimed"},
+        {"rule": "foolsgold()", "mixing": ""},
+        {"rule": "geometric_median()", "mixing": "nearest_neighbours(num_byzantine=1) | bucketing(bucket_size=2)"},
+        {"rule": "median()", "collusion": "min_max()", "malicious_clients": "1,2"},
+    ],
+    ids=lambda settings: settings["rule"],
+)
+def test_a_run_with_all_that_a_rule_may_ask_for_is_recomputed_exactly(tmp_path, settings):
+    config = RunConfig.read({"num-clients": 7, "num-rounds": 3, "workers": 1, "runs-dir": str(tmp_path)})
+    config = config.replace(keep_updates=True, **settings)
+    in_process.run(config)
+    result = replay(config.run_folder, "median()")
+    assert all(each.impossible is None for each in result.rounds)
+    assert replay(config.run_folder, config.rule).rounds[-1].cosine == pytest.approx(1) or config.mixing
+
+
+def test_a_rule_that_trusts_the_server_cannot_be_replayed_on_a_run_without_root_data(tmp_path):
+    config = RunConfig.read({"num-clients": 5, "num-rounds": 1, "workers": 1, "runs-dir": str(tmp_path)})
+    config = config.replace(keep_updates=True)
+    in_process.run(config)
+    with pytest.raises(RecordError, match="stored none"):
+        replay(config.run_folder, "fltrust()")

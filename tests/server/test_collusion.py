@@ -85,3 +85,36 @@ def test_preflight_refuses_a_collusion_that_cannot_work(tmp_path):
     )
     with pytest.raises(ConfigError, match="not possible with 4 attackers among 6"):
         preflight(config)
+
+
+FEW = {"num-clients": 20, "clients-per-round": 7, "malicious-clients": "0-3", "collusion": "fang_krum()"}
+
+
+def test_preflight_counts_the_attackers_that_the_schedule_brings_along(tmp_path):
+    settings = {**BASE, **FEW, "runs-dir": str(tmp_path), "rule": "krum(num_byzantine=2)"}
+    with pytest.raises(ConfigError, match="not possible with 4 attackers among 7"):
+        preflight(RunConfig.read(settings))
+
+
+def test_the_record_says_that_attackers_could_not_collude(tmp_path):
+    record = read_run(run(tmp_path, **{**FEW, "rule": "krum(num_byzantine=2)"}).run_folder)
+    for each in record.rounds:
+        assert each.attacking == []
+        assert "fang_krum wants" in each.collusion_failed
+
+
+def test_garbage_uses_up_what_the_rule_assumes(tmp_path):
+    """Krum with f = 2 wants 7 replies: one NaN of 7 leaves 6 and at most one attacker among them."""
+    config = run(
+        tmp_path, **{"num-clients": 7, "malicious-clients": "3"}, rule="krum(num_byzantine=2)",
+        attack="corrupt_reply(kinds=('nan',))",
+    )  # fmt: skip
+    for each in read_run(config.run_folder).rounds:
+        assert each.skipped is None
+        assert each.exposed == 1
+    silent = run(
+        tmp_path, **{"num-clients": 7, "malicious-clients": "3", "name": "silent"}, rule="krum(num_byzantine=2)",
+        attack="corrupt_reply(kinds=('silent',))",
+    )  # fmt: skip
+    assert all(each.skipped and each.exposed == 0 for each in read_run(silent.run_folder).rounds)
+    assert any("do not answer" in warning for warning in preflight(silent))

@@ -12,7 +12,7 @@ from strategies.stack import Stack
 from tasks.errors import AggregationError, ConfigError
 from tasks.params import Layout
 from tasks.rng import generator
-from tasks.spec import Component, resolve
+from tasks.spec import Component, resolve, resolve_chain
 
 UPDATES = torch.randn(6, 40, generator=generator(1))
 
@@ -62,16 +62,34 @@ def test_a_coordinate_rule_sees_the_mixed_rows() -> None:
 
 
 def test_claims_scale_the_weights_and_keep_their_sum() -> None:
-    claims = torch.tensor([1.0, 1, 1, 1, 1, 5], dtype=torch.float64)
+    claims = [1.0, 1, 1, 1, 1, 5]
     weights = Pipeline(component(mean)).aggregate(UPDATES, context(), claims).weights
     assert weights is not None
-    torch.testing.assert_close(weights, claims / 10)
+    torch.testing.assert_close(weights, torch.tensor(claims, dtype=torch.float64) / 10)
 
 
 def test_claims_of_nothing_change_nothing() -> None:
-    weights = Pipeline(component(mean)).aggregate(UPDATES, context(), torch.zeros(6, dtype=torch.float64)).weights
+    weights = Pipeline(component(mean)).aggregate(UPDATES, context(), [0.0] * 6).weights
     assert weights is not None
     torch.testing.assert_close(weights, torch.full((6,), 1 / 6, dtype=torch.float64))
+
+
+def test_exposed_attackers_use_up_what_a_rule_assumes() -> None:
+    """Krum with f = 2 wants 7 clients; where one of 7 sent garbage and was dropped, one attacker at most is left."""
+    krum = Pipeline(resolve("rule", "krum(num_byzantine=2)"), resolve_chain("mixing", "arc(num_byzantine=2)"))
+    with pytest.raises(AggregationError, match="n >= 2f"):
+        krum.aggregate(UPDATES, context())
+    one = Pipeline(resolve("rule", "krum(num_byzantine=1)"), resolve_chain("mixing", "arc(num_byzantine=1)"))
+    assert torch.equal(krum.aggregate(UPDATES, context(), exposed=1).vector, one.aggregate(UPDATES, context()).vector)
+    none = krum.aggregate(UPDATES, context(), exposed=2)
+    assert torch.equal(krum.aggregate(UPDATES, context(), exposed=9).vector, none.vector)
+
+
+def test_claims_do_not_go_with_rules_that_do_not_weigh_or_that_trust_the_server() -> None:
+    with pytest.raises(ConfigError, match="median does not"):
+        Pipeline(resolve("rule", "median()")).check(claimed=True)
+    with pytest.raises(ConfigError, match="does not go with fltrust"):
+        Pipeline(resolve("rule", "fltrust()")).check(claimed=True)
 
 
 def test_a_rule_that_looks_at_clients_cannot_follow_a_mixing() -> None:

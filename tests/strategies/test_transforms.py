@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from strategies.context import RoundContext, needs
+from strategies.context import BROADCAST, RoundContext, needs, supply
 from strategies.pipeline import ServerStep
 from strategies.transforms.clip_model import clip_model
+from strategies.transforms.crfl import clip_norm, crfl
 from strategies.transforms.gaussian_noise import gaussian_noise
 from tasks import spec
 from tasks.errors import ConfigError
@@ -69,12 +70,12 @@ def test_transforms_refuse() -> None:
 
 @pytest.mark.parametrize("name", spec.names("transform"))
 def test_transform_reads_as_a_component_and_leaves_the_model_alone(name: str) -> None:
-    arguments = {"clip_model": "max_norm=1.0", "gaussian_noise": "std=0.5"}
+    arguments = {"clip_model": "max_norm=1.0", "gaussian_noise": "std=0.5", "crfl": "rho=1.0"}
     component = spec.resolve("transform", f"{name}({arguments[name]})")
     assert component.function.__doc__
     assert set(needs(component.function)) <= {"generator", "memory", "round"}
     model = torch.full((9,), 2.0)
-    result = component(model, *((generator(1),) if "generator" in needs(component.function) else ()))
+    result = component(model, *supply(component, RoundContext([0], round=1, seed=1), model))
     assert torch.equal(model, torch.full((9,), 2.0))
     assert result.shape == model.shape
     assert result.dtype == model.dtype
@@ -93,3 +94,33 @@ def test_transforms_apply_in_order_with_noise_of_the_round() -> None:
     noise = RoundContext([0], round=1, seed=5).generator("transform 1 gaussian_noise")
     assert torch.equal(models[0], gaussian_noise(clipped, noise, std=0.1))
     assert norm(models[0]) > 1.5  # the noise comes after the clip
+
+
+def test_crfl_releases_the_clipped_model_and_sends_a_noisy_one() -> None:
+    chain = spec.resolve_chain("transform", "crfl(rho=2.0, slope=0.5, sigma=0.1)")
+    context = RoundContext([0], round=3, seed=5)
+    released = ServerStep(spec.resolve("optimizer", "step"), chain)(torch.zeros(500), torch.ones(500), context)
+    assert torch.equal(released, clip_model(torch.ones(500), max_norm=3.5))
+    assert norm(released) <= 3.5
+    noise = torch.randn(500, generator=context.generator("transform 0 crfl"))
+    assert torch.equal(context.memory[BROADCAST], released + 0.1 * noise)
+    assert norm(context.memory[BROADCAST]) != norm(released)
+
+
+def test_crfl_without_noise_sends_what_it_releases() -> None:
+    memory: dict[str, torch.Tensor] = {}
+    released = crfl(torch.full((4,), 3.0), 1, generator(1), memory, rho=2.0, sigma=0.0)
+    assert torch.equal(memory[BROADCAST], released)
+
+
+def test_schedules_of_the_clip() -> None:
+    """The papers' MNIST, EMNIST and LOAN schedules at the rounds that the text gives."""
+    assert clip_norm(10, rho=2.0, slope=0.1, cap=15.0) == pytest.approx(3.0)
+    assert clip_norm(1000, rho=2.0, slope=0.1, cap=15.0) == 15.0
+    assert clip_norm(10, rho=4.0, slope=0.25, cap=100.0) == 6.5
+    assert clip_norm(6, rho=2.0, slope=0.025, cap=5.0) == pytest.approx(2.15)
+    assert clip_norm(1, rho=4.0) == clip_norm(99, rho=4.0) == 4.0
+    with pytest.raises(ConfigError, match="> 0, got 0 in round 2"):
+        clip_norm(2, rho=2.0, slope=-1.0)
+    with pytest.raises(ConfigError, match="sigma >= 0, got -1"):
+        crfl(torch.ones(2), 1, generator(1), {}, rho=1.0, sigma=-1.0)
