@@ -10,7 +10,7 @@ either way, so nothing changes.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -44,17 +44,42 @@ class Propagation:
 
     def prepare(self) -> None:
         """Compute the lines of all ReLUs."""
-        self.reach[0] = (self.box.low, self.box.high)
+        for index in range(len(self.graph.nodes) - 1):
+            if index not in self.reach:
+                self.step(index)
+
+    def prepare_exact(self) -> None:
+        """Compute the lines of the first ReLUs, those whose intervals are exact without rows."""
         for index, node in enumerate(self.graph.nodes[:-1]):
-            if node.kind == "linear" and node.map is not None:
-                self.reach[index] = interval_step(node.map, *self.reach[node.parents[0]])
-            elif node.kind == "sum":
-                first, second = (self.reach[parent] for parent in node.parents)
-                self.reach[index] = (first[0] + second[0], first[1] + second[1])
-            elif node.kind == "relu":
-                low, high = self.tightened(node.parents[0])
-                self.lines[index] = relax(low, high, self.slopes)
-                self.reach[index] = hull(low, high, self.lines[index])
+            if node.kind == "relu" and not self.exact_interval(node.parents[0]):
+                return
+            self.step(index)
+
+    def part(self, some: slice) -> "Propagation":
+        """Return the same for some of the samples, with the lines known so far."""
+        lines = {index: lines[some] for index, lines in self.lines.items()}
+        reach = {index: (low[some], high[some]) for index, (low, high) in self.reach.items()}
+        return replace(
+            self, box=self.box[some], lines=lines, reach=reach, grids=Grids(memory=self.grids.memory), rows=0
+        )
+
+    def step(self, index: int) -> None:
+        """Fill in what node `index` reaches, from the nodes before."""
+        node = self.graph.nodes[index]
+        if node.kind == "input":
+            self.reach[index] = (self.box.low, self.box.high)
+        elif node.kind == "linear" and self.grids.crowded(self, index):
+            unknown = self.box.center.new_full((self.samples, *node.shape), math.inf)
+            self.reach[index] = (-unknown, unknown)
+        elif node.kind == "linear" and node.map is not None:
+            self.reach[index] = interval_step(node.map, *self.reach[node.parents[0]])
+        elif node.kind == "sum":
+            first, second = (self.reach[parent] for parent in node.parents)
+            self.reach[index] = (first[0] + second[0], first[1] + second[1])
+        elif node.kind == "relu":
+            low, high = self.tightened(node.parents[0])
+            self.lines[index] = relax(low, high, self.slopes)
+            self.reach[index] = hull(low, high, self.lines[index])
 
     def tightened(self, index: int) -> Bounds:
         """Return widened bounds [samples, *shape] of a node: by rows where it may be unstable, else the interval."""
@@ -130,13 +155,12 @@ class Propagation:
                 continue
             node = self.graph.nodes[at]
             if node.kind == "linear" and node.map is not None:
+                if not pending and (arrived := self.grids.arrive(self, at, rows)) is not None:
+                    return constant + arrived[0], spread + arrived[1]
                 added = node.map.constants(rows)
                 constant = constant if added is None else constant + added
                 rows = node.map.transposed(rows)
             elif node.kind == "relu":
-                few = rows.shape[0] < 32  # then plain rows cost less than a canvas
-                if not few and not pending and (arrived := self.grids.arrive(self, node.parents[0], rows)) is not None:
-                    return constant + arrived[0], spread + arrived[1]
                 rows, more, wider = self.through_relu(self.lines[at], rows, which)
                 constant, spread = constant + more, spread + wider
             for parent in node.parents:

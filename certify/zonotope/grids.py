@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from certify.zonotope.canvas import image_of
+from certify.zonotope.canvas import Memory, image_of
 from certify.zonotope.graph import Graph, Node
 from certify.zonotope.ops import Conv, Linear, Reshape, Scale
 from certify.zonotope.relaxation import Relaxation
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 MAX_KEPT = 64 << 20  # bytes of windows kept for one layer
 ROWS_AT_ONCE = 1024  # rows of the linear layer whose generators are summed together
+_CROWDED = 8  # where more than one in so many neurons is unstable, an interval proves little about the next layer
 
 
 @dataclass(eq=False)
@@ -33,7 +34,7 @@ class Grids:
 
     kept: dict[int, tuple[Tensor, WindowRows]] = field(default_factory=dict)
     ready: dict[int, "_Generators"] = field(default_factory=dict)  # the same, after their ReLU
-    memory: dict[str, Tensor] = field(default_factory=dict)  # buffers that batch after batch may use again
+    memory: Memory = field(default_factory=Memory)  # what batch after batch may use again
 
     def plan(self, run: "Propagation", index: int, high: Tensor) -> bool:
         """Whether the windows of convolution `index`, whose neurons reach up to `high`, are worth keeping."""
@@ -58,17 +59,25 @@ class Grids:
             return None
         run.rows += where.numel()
         generators = self.after(run, before)
-        parts = []
-        weights = node.map.turned.index_select(0, generators.where)  # [active, outputs]
+        parts, weights = [], generators.of(node.map)
         if few := 3 * where.numel() < 2 * node.size:
             weights = weights.index_select(1, where)
         for some in weights.split(ROWS_AT_ONCE, 1):
             run.tick()
             parts.append(generators.through(some, self.memory))
         center, spread = (torch.cat([part[side] for part in parts]) for side in (0, 1))
-        center, spread = (center, spread) if few else (center[where], spread[where])
+        if not few and where.numel() < node.size:
+            center, spread = center[where], spread[where]
         center = center if node.map.bias is None else center + node.map.bias[where]
         return center - spread, center + spread
+
+    def crowded(self, run: "Propagation", index: int) -> bool:
+        """Whether rows for all of linear layer `index` are the better start: its interval would prove few signs."""
+        before = _convolution_before(run.graph, index)
+        if before not in self.kept or run.graph.nodes[index + 1].kind != "relu":
+            return False
+        unstable = run.lines[before + 1].unstable
+        return _CROWDED * int(unstable.sum()) > unstable.numel()
 
     def after(self, run: "Propagation", index: int) -> "_Generators":
         """Return the generators after the ReLU that follows convolution `index`, whose windows were kept."""
@@ -77,11 +86,15 @@ class Grids:
         return self.ready[index]
 
     def arrive(self, run: "Propagation", index: int, rows: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return (constant, spread) of rows [rows, *shape] of the ReLU after convolution `index`, if it was kept."""
-        if index not in self.kept:
+        """Return (constant, spread) of rows [rows, outputs] of node `index`, if windows were kept for it."""
+        before, linear = _convolution_before(run.graph, index), run.graph.nodes[index].map
+        if before not in self.kept or not isinstance(linear, Linear):
             return None
-        generators = self.after(run, index)
-        return generators.through(rows.flatten(1).T.index_select(0, generators.where), self.memory)
+        generators = self.after(run, before)
+        parts = [generators.through(generators.of(linear) @ some.T, self.memory) for some in rows.split(ROWS_AT_ONCE)]
+        center, spread = (torch.cat([part[side] for part in parts]) for side in (0, 1))
+        added = linear.constants(rows)
+        return center if added is None else center + added, spread
 
     def _keep(self, run: "Propagation", index: int, where: Tensor) -> tuple[Tensor, Tensor]:
         run.rows += where.numel()
@@ -90,9 +103,8 @@ class Grids:
         order = (where % places * channels + where // places).argsort()
         found = travel_windows(run, index, torch.zeros_like(where), where[order], 1, keep=True)
         self.kept[index] = (where[order], found)
-        spread = found.rest + sum(part.coefficients.flatten(1).abs().sum(1) for part in found.spreads)
         back = order.argsort()
-        return (found.constant - spread)[back], (found.constant + spread)[back]
+        return (found.constant - found.spread)[back], (found.constant + found.spread)[back]
 
 
 class _Generators:
@@ -101,21 +113,29 @@ class _Generators:
     def __init__(self, run: "Propagation", index: int, where: Tensor, rows: WindowRows) -> None:
         lines = run.lines[index + 1]
         slope, mu = lines.lower.flatten()[where], lines.mu.flatten()[where]
-        active = slope != 0  # and NaN, which must be seen
+        active = slope.nonzero()[:, 0]  # and NaN, which must be seen
         self.where, slope, mu = where[active], slope[active], mu[active]
         self.center = rows.constant[active] * slope + mu
         self.unstable = lines.unstable.flatten()[self.where].nonzero()[:, 0]
         self.fresh = mu[self.unstable]
         _, height, width = run.graph.nodes[index].shape
-        counts = torch.bincount(self.where % (height * width), minlength=height * width).tolist()
-        places = [(place // width, place % width, count) for place, count in enumerate(counts) if count]
+        counts = torch.bincount(self.where % (height * width), minlength=height * width).view(height, width).tolist()
         self.images = []
         for part in rows.spreads:
-            coefficients = part.coefficients[active] * slope[:, None, None, None]
+            shape = run.graph.nodes[part.node].shape
+            geometry = run.grids.memory.geometry(part.windows, shape, (height, width), slope.device)
+            coefficients = part.coefficients.index_select(0, active).mul_(slope[:, None, None, None])
             kept = run.lines[part.node].unstable[0] if part.node else None
-            self.images.append(image_of(coefficients, part.windows, places, kept))
+            self.images.append(image_of(coefficients, geometry, counts, kept))
+        self.weights: tuple[Linear, Tensor] | None = None
 
-    def through(self, weights: Tensor, memory: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def of(self, linear: Linear) -> Tensor:
+        """Return the layer's weights of active neurons: [active, outputs]."""
+        if self.weights is None or self.weights[0] is not linear:
+            self.weights = linear, linear.turned.index_select(0, self.where)
+        return self.weights[1]
+
+    def through(self, weights: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
         """Return centre and spread of the outputs that have `weights` [active, outputs] on the flattened zonotope."""
         center, spread = self.center @ weights, self.fresh @ weights.index_select(0, self.unstable).abs_()
         for image in self.images:
@@ -139,7 +159,7 @@ def _window_sizes(graph: Graph, index: int, lines: dict[int, Relaxation]) -> int
     """Return how many generators a neuron's windows hold in all images, None where windows cannot reach the input."""
     node, none = graph.nodes[index], torch.zeros(0, dtype=torch.int64)
     assert isinstance(node.map, Conv)
-    at = Windows(none, none, none, (1, 1), (0, 0), (1, 1)).before(node.map)
+    at = Windows(none, none, none, (0, 0), (1, 1), (0, 0), (1, 1)).before(node.map)
     total = 0
     while before := node.parents[0]:
         node = graph.nodes[before]

@@ -5,6 +5,7 @@ through a strided convolution is a transposed convolution, which is slow on CPUs
 that computes all phases of the output at once, then a pixel shuffle.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -14,6 +15,11 @@ from torch import Tensor
 from torch.nn import functional
 
 Shape = tuple[int, ...]
+
+# A dense matrix between two windows costs less than a convolution of them up to so many numbers, and up to so many
+# multiplications for each one of the convolution.
+_DENSE_NUMBERS = 1 << 17
+_DENSE_WASTE = 8
 
 
 class LinearMap(Protocol):
@@ -118,6 +124,25 @@ class Conv:
         if rows.dtype == torch.float64 and self.groups == 1 and self.dilation == (1, 1):
             return self._columns(rows)
         return self._phases(rows)
+
+    def transposed_windows(self, rows: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return a W on windows of `size` of the padded input, [rows, inputs, *size], for rows that are windows too."""
+        shape = rows.shape[1:]
+        numbers, products = math.prod(shape), self.weight.shape[1] * math.prod(self.weight.shape[2:])
+        inputs = self.input_shape[0]
+        wasted = inputs * math.prod(size) > _DENSE_WASTE * products
+        if wasted or numbers * inputs * math.prod(size) > _DENSE_NUMBERS or rows.shape[0] < numbers:
+            return self.transposed_full(rows)[..., : size[0], : size[1]]
+        if shape not in self._window_maps:
+            units = torch.eye(numbers, dtype=rows.dtype, device=rows.device).view(numbers, *shape)
+            whole = self.transposed_full(units)[..., : size[0], : size[1]]
+            self._window_maps[shape] = whole.reshape(numbers, -1)
+        return (rows.reshape(-1, numbers) @ self._window_maps[shape]).view(-1, inputs, *size)
+
+    @cached_property
+    def _window_maps(self) -> dict[torch.Size, Tensor]:
+        """Dense matrices [numbers of a window of the output, numbers of its window of the input], by shape."""
+        return {}
 
     @cached_property
     def absolute(self) -> Tensor:

@@ -33,6 +33,11 @@ class Relaxation:
     def equal(self) -> bool:
         return self.lower is self.upper
 
+    def __getitem__(self, some: slice) -> "Relaxation":
+        """Return the lines of some samples."""
+        lower = self.lower[some]
+        return Relaxation(lower, lower if self.equal else self.upper[some], self.mu[some], self.unstable[some])
+
 
 @dataclass(frozen=True, eq=False)
 class Box:
@@ -70,12 +75,12 @@ def input_box(inputs: Tensor, eps: float, input_range: tuple[float, float], dtyp
 def relax(low: Tensor, high: Tensor, slopes: Slopes) -> Relaxation:
     """Return the lines for pre-activations in [low, high]; NaN stays NaN. Differentiable in both."""
     unstable = ~((low >= 0) | (high <= 0))  # NaN counts as unstable, so that it shows in every bound
-    width = torch.where(unstable, high - low, torch.ones_like(low))
-    stable_slope = (low >= 0) & (high > 0)
-    ratio = torch.where(unstable, high / width, stable_slope.to(low.dtype))
-    upper = ratio.clamp(0, 1)  # NaN passes through
-    mu = torch.maximum(-upper * low, (1 - upper) * high) / 2  # also the upper line's of adaptive slopes: it is the same
-    mu = torch.where(unstable, mu, torch.zeros_like(mu))
+    below, above = low.clamp(max=0), high.clamp(min=0)  # NaN passes through, here and below
+    width = above - below
+    upper = (above / (width + (width == 0))).clamp(0, 1)  # exactly 1 or 0 where stable
+    mu = (
+        torch.maximum(-upper * below, (1 - upper) * above) / 2
+    )  # also the upper line's of adaptive slopes: it is the same
     if slopes == "equal":
         return Relaxation(upper, upper, mu, unstable)
     # ties (differences of two inputs have them) go to slope 0, whichever way they were rounded

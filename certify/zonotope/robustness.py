@@ -24,8 +24,10 @@ from torch import Tensor
 
 from certify.network import Network
 from certify.zonotope.backward import Propagation
+from certify.zonotope.canvas import Memory
 from certify.zonotope.forward import forward_zonotope, zonotope_margins
 from certify.zonotope.graph import Graph, build_graph
+from certify.zonotope.grids import Grids
 from certify.zonotope.interval import interval_margins
 from certify.zonotope.relaxation import Box, Slopes, check_box, input_box
 from tasks.errors import CertificationError
@@ -38,6 +40,7 @@ _SLOPES: dict[str, Slopes] = {"zonotope": "equal", "crown": "adaptive"}
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 _CPU_WORKING_SET = 3 << 20  # bytes: rows that stay in a core's cache
 _GPU_WORKING_SET = 1 << 29
+_AHEAD = 16  # samples whose first layers, which need no rows, are bounded together
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +107,7 @@ def check(
     run = _Run(network.detach(), eps, method, input_range, direction, memory_bytes, should_stop)
     where = _device(network, device)
     inputs, labels = inputs.detach().to(where), labels.to(where)
-    first = run.samples(inputs, labels, dtype, on_progress)
+    first = run.samples(inputs, labels, dtype, on_progress).copy()
     open_cases = first.open_cases() if dtype == torch.float32 else torch.zeros(0, dtype=torch.int64)
     if open_cases.numel():
         index = open_cases.to(where)
@@ -153,6 +156,11 @@ class _Found:
         near = (worst >= -self.tolerance) & (worst <= self.tolerance) & (self.clean > 0)
         return near.nonzero()[:, 0]
 
+    def copy(self) -> "_Found":
+        """Return copies, which may be changed outside of inference mode."""
+        names = ("margins", "size", "clean", "labels", "unstable", "tolerance")
+        return _Found(*(getattr(self, name).clone() for name in names), rows=self.rows)
+
     def put(self, index: Tensor, other: "_Found") -> None:
         for name in ("margins", "size", "clean", "unstable", "tolerance"):
             getattr(self, name)[index] = getattr(other, name)
@@ -176,18 +184,19 @@ class _Run:
     direction: str
     memory_bytes: int | None
     should_stop: Callable[[], bool] | None
-    memory: dict[str, Tensor] = field(default_factory=dict)  # shared by all batches
+    memory: Memory = field(default_factory=Memory)  # shared by all batches
 
     @cached_property
     def finite(self) -> bool:
-        """Whether every weight is a number."""
-        return all(bool(torch.isfinite(tensor).all()) for tensor in self.network.parts.values())
+        """Whether every weight is a number; a sum is finite only if all its terms are, and is cheaper than a look."""
+        parts = self.network.parts.values()
+        return all(math.isfinite(part.sum().item()) or bool(torch.isfinite(part).all()) for part in parts)
 
     def tick(self) -> None:
         if self.should_stop is not None and self.should_stop():
             raise CertificationError("the check was stopped before its end; nothing is certified")
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def samples(
         self, inputs: Tensor, labels: Tensor, dtype: torch.dtype, on_progress: Callable[[int, int], None] | None
     ) -> _Found:
@@ -196,21 +205,26 @@ class _Run:
         graph = build_graph(network)
         parts = []
         batch = self.batch(graph, inputs, dtype)
-        for start in range(0, inputs.shape[0], batch):
-            self.tick()
-            some, own = inputs[start : start + batch], labels[start : start + batch]
-            box = input_box(some, self.eps, self.input_range, dtype)
-            parts.append(self.found(graph, network, box, own, clean[start : start + batch], dtype))
-            if on_progress is not None:
-                on_progress(min(start + batch, inputs.shape[0]), inputs.shape[0])
-        fields = ("margins", "size", "clean", "labels", "unstable", "tolerance")
-        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in fields}
-        return _Found(**joined, rows=sum(part.rows for part in parts))
+        several = batch * max(1, _AHEAD // batch)
+        for start in range(0, inputs.shape[0], several):
+            box = input_box(inputs[start : start + several], self.eps, self.input_range, dtype)
+            ahead = self.propagation(graph, box) if self.direction == "backward" and self.method in _SLOPES else None
+            if ahead is not None:
+                ahead.prepare_exact()
+            for first in range(0, box.center.shape[0], batch):
+                self.tick()
+                some, own = slice(first, first + batch), slice(start + first, start + min(first + batch, several))
+                known = None if ahead is None else ahead.part(some)
+                parts.append(self.bounds(graph, network, box[some], labels[own], known))
+                if on_progress is not None:
+                    on_progress(min(own.stop, inputs.shape[0]), inputs.shape[0])
+        margins, size, unstable = (torch.cat([part[column] for part in parts]) for column in (0, 1, 2))  # type: ignore[misc]
+        return self.found(margins, size, unstable, sum(part[3] for part in parts), labels, clean, dtype)
 
     def found(
-        self, graph: Graph, network: Network, box: Box, labels: Tensor, clean: Tensor, dtype: torch.dtype
-    ) -> _Found:
-        margins, size, unstable, rows = self.bounds(graph, network, box, labels)
+        self, margins: Tensor, size: Tensor, unstable: Tensor, rows: int, labels: Tensor, clean: Tensor,
+        dtype: torch.dtype,
+    ) -> _Found:  # fmt: skip
         if not self.finite:
             margins = torch.full_like(margins, torch.inf)  # an infinite weight may hide behind a ReLU
         margins = margins.double().nan_to_num(torch.inf, torch.inf, -torch.inf)  # NaN bounds nothing
@@ -220,8 +234,10 @@ class _Run:
         cpu = [tensor.cpu() for tensor in (margins, size, clean, labels, unstable, tolerance)]
         return _Found(*cpu, rows=rows)
 
-    def bounds(self, graph: Graph, network: Network, box: Box, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Return (upper bounds, size of their terms, unstable ReLUs, rows) of one batch."""
+    def bounds(
+        self, graph: Graph, network: Network, box: Box, labels: Tensor, known: Propagation | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Return (upper bounds, size of their terms, unstable ReLUs, rows) of one batch; `known` is begun already."""
         if self.method == "interval":
             margins = interval_margins(network, box, labels)
             return margins, margins.abs(), labels.new_zeros(labels.shape), 0
@@ -233,12 +249,15 @@ class _Run:
             return margins, size, found[0][2], sum(entry[3] for entry in found)
         if self.direction == "forward":
             return self.forward(graph, box, labels)
-        return self.backward(graph, box, labels)
+        return self.backward(graph, labels, known or self.propagation(graph, box))
 
-    def backward(self, graph: Graph, box: Box, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-        device = box.center.device
-        run = Propagation(graph, box, _SLOPES[self.method], self.working_set(device), self.tick)
-        run.grids.memory = self.memory
+    def propagation(self, graph: Graph, box: Box) -> Propagation:
+        grids = Grids(memory=self.memory)
+        working_set = self.working_set(box.center.device)
+        return Propagation(graph, box, _SLOPES[self.method], working_set, self.tick, grids=grids)
+
+    def backward(self, graph: Graph, labels: Tensor, run: Propagation) -> tuple[Tensor, Tensor, Tensor, int]:
+        box, device = run.box, run.box.center.device
         run.prepare()
         classes = graph.nodes[-1].size
         rows = torch.eye(classes, dtype=box.center.dtype, device=device)[None] - _one_hot(labels, classes, box)[:, None]

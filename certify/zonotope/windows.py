@@ -30,6 +30,7 @@ class Windows:
     sample: Tensor  # [rows]
     row: Tensor
     column: Tensor
+    last: Pair  # no place lies behind this row and column
     step: Pair
     offset: Pair
     size: Pair
@@ -41,14 +42,14 @@ class Windows:
         step = [s * stride for s, (stride, _, _, _) in zip(self.step, pairs, strict=True)]
         offset = [o * stride + padding for o, (stride, padding, _, _) in zip(self.offset, pairs, strict=True)]
         size = [(n - 1) * stride + d * (k - 1) + 1 for n, (stride, _, d, k) in zip(self.size, pairs, strict=True)]
-        places = (self.sample, self.row, self.column)
+        places = (self.sample, self.row, self.column, self.last)
         return Windows(*places, (step[0], step[1]), (offset[0], offset[1]), (size[0], size[1]))
 
     def view(self, images: Tensor) -> Tensor:
         """Return every possible window of images, 0 outside them: [samples, rows, columns, channels, *size]."""
         pad = []
-        for axis, places in ((1, self.column), (0, self.row)):
-            last = (int(places.max()) if places.numel() else 0) * self.step[axis] - self.offset[axis]
+        for axis in (1, 0):
+            last = self.last[axis] * self.step[axis] - self.offset[axis]
             length = images.shape[-2:][axis]
             pad += [self.offset[axis], max(0, last + self.size[axis] - length)]
         padded = functional.pad(images, pad) if any(pad) else images
@@ -93,10 +94,10 @@ class Spread:
 
 @dataclass(frozen=True, eq=False)
 class WindowRows:
-    """What rows amount to at the input: `constant` + or - the sum of all |coefficients|, `rest` those not kept."""
+    """What rows amount to at the input: `constant` + or - `spread`, the sum of all |generators|."""
 
     constant: Tensor  # [rows]
-    rest: Tensor  # [rows]
+    spread: Tensor  # [rows]
     spreads: tuple[Spread, ...]
 
 
@@ -104,32 +105,32 @@ def window_bounds(run: "Propagation", index: int, which: Tensor, where: Tensor) 
     """Return both bounds of neurons `where` (of samples `which`) of the convolution that is node `index`."""
     if run.slopes == "equal":
         found = travel_windows(run, index, which, where, 1, keep=False)
-        return found.constant - found.rest, found.constant + found.rest
+        return found.constant - found.spread, found.constant + found.spread
     above, below = (travel_windows(run, index, which, where, sign, keep=False) for sign in (1, -1))
-    return -(below.constant + below.rest), above.constant + above.rest
+    return -(below.constant + below.spread), above.constant + above.spread
 
 
 def travel_windows(
     run: "Propagation", index: int, which: Tensor, where: Tensor, sign: int, *, keep: bool
 ) -> WindowRows:
-    """Carry the rows of neurons to the input; with `keep` their generators are returned rather than summed up."""
+    """Carry the rows of neurons to the input; with `keep` their generators are returned too."""
     node = run.graph.nodes[index]
     conv = node.map
     assert isinstance(conv, Conv)
     _, height, width = node.shape
     channel, place = where // (height * width), where % (height * width)
-    at = Windows(which, place // width, place % width, (1, 1), (0, 0), (1, 1)).before(conv)
+    at = Windows(which, place // width, place % width, (height - 1, width - 1), (1, 1), (0, 0), (1, 1)).before(conv)
     rows = sign * conv.unit_rows[channel]
     constant = rows.new_zeros(where.numel()) if conv.bias is None else sign * conv.bias[channel]
-    rest, spreads, clean = torch.zeros_like(constant), [], False  # clean: padding has coefficient 0
+    spread, spreads, clean = torch.zeros_like(constant), [], False  # clean: padding has coefficient 0
     while index := node.parents[0]:
         node = run.graph.nodes[index]
         if not can_follow(node, at):
             more, wider = run.travel(index, at.full(rows, node.shape), which)
-            return WindowRows(constant + more, rest + wider, tuple(spreads))
+            return WindowRows(constant + more, spread + wider, tuple(spreads))
         if node.kind == "relu":
             rows, moved, more, wider = _through_relu(run.lines[index], rows, at)
-            constant, rest, clean = constant + more, rest if keep else rest + wider, True
+            constant, spread, clean = constant + more, spread + wider, True
             if keep:
                 spreads.append(Spread(index, at, moved))
             continue
@@ -141,14 +142,14 @@ def travel_windows(
         clean = isinstance(node.map, Scale)
         if isinstance(node.map, Conv):
             at = at.before(node.map)
-            rows = node.map.transposed_full(rows)[..., : at.size[0], : at.size[1]]
+            rows = node.map.transposed_windows(rows, at.size)
         else:
             rows = node.map.transposed(rows)
     constant = constant + (rows * at.of(run.box.center)).flatten(1).sum(1)
     moved = rows * at.of(run.box.radius)
     if keep:
-        return WindowRows(constant, rest, (*spreads, Spread(0, at, moved)))
-    return WindowRows(constant, rest + moved.flatten(1).abs().sum(1), ())
+        spreads.append(Spread(0, at, moved))
+    return WindowRows(constant, spread + moved.flatten(1).abs().sum(1), tuple(spreads))
 
 
 def can_follow(node: Node, at: Windows) -> bool:

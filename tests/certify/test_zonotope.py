@@ -15,11 +15,13 @@ from certify.layers import Layer, run
 from certify.network import Network
 from certify.zonotope import check, margin_bounds
 from certify.zonotope.backward import Propagation
+from certify.zonotope.canvas import Geometry, Memory, image_of
 from certify.zonotope.forward import forward_zonotope
 from certify.zonotope.graph import build_graph
 from certify.zonotope.grids import Grids, _linear_after, _window_sizes
 from certify.zonotope.ops import Conv
 from certify.zonotope.relaxation import input_box, relax
+from certify.zonotope.windows import Windows
 from tasks.model import build, initialise
 from tasks.models.resnet18_half import BasicBlock
 from tasks.rng import generator
@@ -318,6 +320,63 @@ def test_grids_are_used_and_change_nothing(padding: int, monkeypatch: pytest.Mon
     assert any(used)
 
 
+@pytest.mark.parametrize("step", [(2, 1), (3, 4), (1, 2)])
+@pytest.mark.parametrize("offset", [(0, 0), (2, 1)])
+@pytest.mark.parametrize("share", [None, 0.3, 0.0])
+def test_windows_add_up_as_whole_images_do(
+    step: tuple[int, int], offset: tuple[int, int], share: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draws, (channels, height, width), (tall, wide), grid = generator(8), (2, 9, 8), (4, 3), (3, 4)
+    none = torch.zeros(0, dtype=torch.int64)
+    at = Windows(none, none, none, (2, 3), step, offset, (tall, wide))
+    counts = [[3, 0, 2, 1], [0, 0, 0, 0], [1, 2, 0, 4]]
+    neurons = sum(map(sum, counts))
+    coefficients = torch.randn(neurons, channels, tall, wide, generator=draws, dtype=torch.float64)
+    weights = torch.randn(neurons, 5, generator=draws, dtype=torch.float64)
+    kept = None if share is None else torch.rand(channels, height, width, generator=draws) < share
+    whole = torch.zeros(neurons, channels, 30, 30, dtype=torch.float64)  # images with margins of 10
+    places = [(row, column) for row in range(3) for column in range(4) for _ in range(counts[row][column])]
+    for neuron, (row, column) in enumerate(places):
+        top, left = 10 + row * step[0] - offset[0], 10 + column * step[1] - offset[1]
+        whole[neuron, :, top : top + tall, left : left + wide] = coefficients[neuron]
+    whole = whole[:, :, 10 : 10 + height, 10 : 10 + width] * (1 if kept is None else kept)
+    expected = torch.einsum("nchw,no->ochw", whole, weights).abs().flatten(1).sum(1)
+    memory = Memory()
+    geometry = Geometry.of(at, (channels, height, width), grid, torch.device("cpu"))
+    assert geometry.shape == (channels, height, width)
+    for small in (0, 1 << 16):  # a canvas for each stretch, and one for all
+        monkeypatch.setattr("certify.zonotope.canvas._SMALL", small)
+        found = image_of(coefficients, geometry, counts, kept).spread(weights, memory)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("eps", [0.01, 0.1])
+def test_skipping_the_interval_before_rows_changes_nothing(eps: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Network.from_module(build(resolve("model", "cfat_mnist()"), (1, 28, 28), 10, generator(1)), (1, 28, 28))
+    inputs, labels, rows = torch.rand(1, 1, 28, 28, generator=generator(2)), torch.tensor([3]), []
+    found = []
+    for crowded in (0, 10**9):  # never, and wherever anything is unstable
+        monkeypatch.setattr("certify.zonotope.grids._CROWDED", crowded)
+        result = check(network, inputs, labels, eps=eps, dtype=torch.float64)
+        found.append(result.margins_upper)
+        rows.append(result.rows)
+        assert result.unstable.item() > 0
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-10)
+    assert rows[0] <= rows[1]
+    assert rows[1] >= 1010  # all rows of the linear layer, and the classes
+
+
+def test_stable_neurons_have_exact_lines() -> None:
+    low = torch.tensor([0.0, 0.1, 1e-40, -3.0, -1e-40, 0.0, math.nan, -1.0])
+    high = torch.tensor([0.3, 0.7, 1e-39, -0.1, 0.0, 0.0, 1.0, math.nan])
+    lines = relax(low, high, "equal")
+    assert lines.lower[:6].tolist() == [1, 1, 1, 0, 0, 0]
+    assert lines.mu[:6].tolist() == [0] * 6
+    assert lines.unstable.tolist() == [False] * 6 + [True] * 2
+    assert lines.lower[6:].isnan().all()
+    assert lines.mu[6:].isnan().all()
+
+
 @pytest.mark.parametrize("name", ["cfat", "mlp", "residual", "max pool"])
 def test_bounds_grow_with_eps(name: str) -> None:
     network, inputs, labels = example(name)
@@ -513,6 +572,16 @@ def test_transposed_convolutions(stride: tuple[int, int], dtype: torch.dtype, gr
         rows = torch.randn(output.shape, generator=draws, dtype=dtype)
         (expected,) = torch.autograd.grad(output, inputs, rows)
         torch.testing.assert_close(conv.transposed(rows), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_windows_go_back_through_a_convolution_as_a_dense_matrix() -> None:
+    draws = generator(5)
+    conv = Conv(torch.randn(3, 2, 4, 4, generator=draws), None, (2, 2), (0, 0), (1, 1), 1, (2, 20, 20))
+    rows = torch.randn(60, 3, 4, 4, generator=draws)
+    expected = conv.transposed_full(rows)[..., :10, :10]
+    torch.testing.assert_close(conv.transposed_windows(rows, (10, 10)), expected, rtol=1e-4, atol=1e-5)
+    assert list(conv._window_maps) == [(3, 4, 4)]  # it was used
+    torch.testing.assert_close(conv.transposed_windows(rows[:2], (10, 10)), expected[:2], rtol=1e-4, atol=1e-5)
 
 
 def test_models_of_the_product_are_followed() -> None:
