@@ -2,10 +2,11 @@
 
 Stacks come as addresses of rows, so that views cost no copy; `one` is a 1 of the stack's precision and makes each
 kernel serve float32 and float64. Two inner loops are written as vector instructions, as loops in Python leave them
-several times slower: the exchange of a sorting network, and the products of a tile of rows with another.
+several times slower: what a sorting network does, and the products of a tile of rows with another.
 Results do not depend on the number of threads. NaN is not expected; infinities are.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,14 +19,15 @@ from numba.core.caching import NullCache
 from numba.core.dispatcher import Dispatcher
 from numba.extending import intrinsic as numba_intrinsic
 
+from strategies.networks import BOTH, LOWER, PADDING, SIZES, SORT, UPPER, merge_exchange
+
 FEATURES = llvmlite.binding.get_host_cpu_features()
 # Bytes of a vector register, and rows of a tile whose sums of products fit the registers, together with two operands.
 REGISTER, TILE = (64, 5) if FEATURES.get("avx512f") else (32, 3) if FEATURES.get("avx") else (16, 3)
 STEP = 64  # columns of one exchange; widths of blocks that are sorted are multiples of it
 LANES = REGISTER // 4  # widths of blocks that are multiplied are multiples of it
-SEGMENT = 8192  # columns of a vector that every row meets before the next, from the second cache
+SEGMENT = 16384  # columns taken at once, of all rows one after the other; long parts of rows load faster
 REORDER = {"reassoc", "contract", "nsz"}  # sums may be taken in the order of the vector registers, fixed at compilation
-BOTH, LOWER, UPPER = 3, 1, 2  # which values of an exchange are kept
 
 INT = ir.IntType(64)
 DOUBLE = ir.DoubleType()
@@ -80,29 +82,29 @@ def put(typing: Any, one: types.Float, value: types.Float, address: types.Intege
     return types.void(one, value, address, index), generate
 
 
+def _spots(builder: ir.IRBuilder, one: types.Float, address: Any, starts: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """Return, for each index, the place of a vector of numbers in the array at `address`, and the vector."""
+    element, lanes = ir.DoubleType() if one.bitwidth == 64 else ir.FloatType(), REGISTER * 8 // one.bitwidth
+    vector = ir.VectorType(element, lanes)
+    places = [builder.bitcast(_place(builder, address, start, element), vector.as_pointer()) for start in starts]
+    return [(place, builder.load(place, align=one.bitwidth // 8)) for place in places]
+
+
 def _exchange(kept: int) -> Any:
     @intrinsic
     def exchange(typing: Any, one: types.Float, address: types.Integer, i: types.Integer, j: types.Integer) -> Any:
         """Sort STEP pairs of numbers, from i and j on: the smaller to i, the larger to j."""
 
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[ir.Value]) -> ir.Value:
-            element = context.get_value_type(one)
-            lanes = REGISTER * 8 // one.bitwidth
-            vector = ir.VectorType(element, lanes)
-            pairs = []
-            for k in range(0, STEP, lanes):
-                spots = [
-                    builder.bitcast(
-                        _place(builder, args[1], builder.add(index, ir.Constant(INT, k)), element), vector.as_pointer()
-                    )
-                    for index in args[2:]
-                ]
-                pairs.append((spots, [builder.load(spot, align=one.bitwidth // 8) for spot in spots]))
-            for spots, values in pairs:
-                for side, name in enumerate(("minnum", "maxnum")):
-                    if kept & (1 << side):
-                        chosen = _call(builder, f"llvm.{name}", vector, values, ("nnan", "nsz"))
-                        builder.store(chosen, spots[side], align=one.bitwidth // 8)
+            offsets = [ir.Constant(INT, k) for k in range(0, STEP, REGISTER * 8 // one.bitwidth)]
+            lower = _spots(builder, one, args[1], [builder.add(args[2], offset) for offset in offsets])
+            upper = _spots(builder, one, args[1], [builder.add(args[3], offset) for offset in offsets])
+            for (place, value), (other_place, other) in zip(lower, upper):
+                smaller, larger = _sorted(builder, value, other)
+                if kept & LOWER:
+                    builder.store(smaller, place, align=one.bitwidth // 8)
+                if kept & UPPER:
+                    builder.store(larger, other_place, align=one.bitwidth // 8)
             return context.get_dummy_value()
 
         return types.void(one, address, i, j), generate
@@ -110,7 +112,14 @@ def _exchange(kept: int) -> Any:
     return exchange
 
 
-def _call(builder: ir.IRBuilder, name: str, vector: ir.VectorType, values: Sequence[ir.Value], flags: Any) -> ir.Value:
+def _sorted(builder: ir.IRBuilder, one: Any, other: Any) -> tuple[Any, Any]:
+    """Return the smaller and the larger numbers of two vectors."""
+    flags = ("nnan", "nsz")
+    smaller = _call(builder, "llvm.minnum", one.type, [one, other], flags)
+    return smaller, _call(builder, "llvm.maxnum", one.type, [one, other], flags)
+
+
+def _call(builder: ir.IRBuilder, name: str, vector: Any, values: Sequence[Any], flags: Sequence[str]) -> Any:
     kind = ir.FunctionType(vector, [vector] * len(values))
     bits = 64 if vector.element == DOUBLE else 32
     function = cgutils.get_or_insert_function(builder.module, kind, f"{name}.v{vector.count}f{bits}")
@@ -118,6 +127,36 @@ def _call(builder: ir.IRBuilder, name: str, vector: ir.VectorType, values: Seque
 
 
 exchange_both, exchange_lower, exchange_upper = _exchange(BOTH), _exchange(LOWER), _exchange(UPPER)
+
+
+@intrinsic
+def sort_rows(typing: Any, one: types.Float, work: Any, width: Any, rows: Any, k: Any) -> Any:
+    """Sort SIZES[k] rows of the workspace in registers; their numbers are in the array at `rows`."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> ir.Value:
+        _, work_, width_, rows_, k_ = args
+        lanes = ir.Constant(INT, REGISTER * 8 // one.bitwidth)
+        done = builder.append_basic_block("sorted")
+        choice = builder.switch(k_, done)
+        for case, size in enumerate(SIZES):
+            block = builder.append_basic_block(f"sort{size}")
+            choice.add_case(ir.Constant(k_.type, case), block)
+            builder.position_at_end(block)
+            numbers = [builder.load(_place(builder, rows_, ir.Constant(INT, at), INT)) for at in range(size)]
+            starts = [builder.mul(number, width_) for number in numbers]
+            with cgutils.for_range(builder, builder.udiv(width_, lanes)) as loop:
+                column = builder.mul(loop.index, lanes)
+                spots = _spots(builder, one, work_, [builder.add(start, column) for start in starts])
+                values = [value for _, value in spots]
+                for i, j in itertools.chain(*merge_exchange(size)):
+                    values[i], values[j] = _sorted(builder, values[i], values[j])
+                for (place, _), value in zip(spots, values):
+                    builder.store(value, place, align=one.bitwidth // 8)
+            builder.branch(done)
+        builder.position_at_end(done)
+        return context.get_dummy_value()
+
+    return types.void(one, work, width, rows, k), generate
 
 
 def _tile(diagonal: bool) -> Any:
@@ -147,15 +186,15 @@ def _tile(diagonal: bool) -> Any:
             with cgutils.for_range(builder, builder.udiv(width_, ir.Constant(INT, lanes))) as loop:
                 column = builder.mul(loop.index, ir.Constant(INT, lanes))
 
-                def load(first: ir.Value, step: Any) -> Any:
-                    place = _place(builder, rows_, builder.add(builder.add(first, step), column), element)
-                    return builder.load(builder.bitcast(place, vector.as_pointer()), align=one.bitwidth // 8)
+                def load(first: Any) -> list[Any]:
+                    starts = [builder.add(builder.add(first, step), column) for step in steps]
+                    return [value for _, value in _spots(builder, one, rows_, starts)]
 
-                left = [load(a_, step) for step in steps]
-                right = left if diagonal else [load(b_, step) for step in steps]
+                left = load(a_)
+                right = left if diagonal else load(b_)
                 for i, j in pairs:
                     terms = [left[i], right[j], builder.load(sums[i, j])]
-                    builder.store(_call(builder, "llvm.fma", vector, terms, ()), sums[i, j])
+                    builder.store(_call(builder, "llvm.fmuladd", vector, terms, ()), sums[i, j])
             kind = ir.FunctionType(DOUBLE, [DOUBLE, wide])
             add_up = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fadd.v{lanes}f64")
             for (i, j), kept in sums.items():
@@ -177,19 +216,29 @@ tile_square, tile_triangle = _tile(False), _tile(True)
 
 @kernel
 def sort_block(one, rows, start, filled, program, work, width):
-    """Run a sorting network on `filled` columns from `start` on, in the workspace ``[rows, width]``."""
-    for row in range(len(rows)):
+    """Run a network on `filled` columns from `start` on; the workspace is ``[rows + 1 + PADDING, width]``."""
+    num_rows = len(rows)
+    for row in range(num_rows):
         source = rows[row]
         for c in range(filled):
             put(one, get(one, source, start + c), work, row * width + c)
         for c in range(filled, width):
             put(one, one, work, row * width + c)
-    for k in range(len(program)):
-        kept, i, j = program[k, 0], program[k, 1] * width, program[k, 2] * width
-        if kept == BOTH:
+    for c in range(width):
+        put(one, np.inf, work, (num_rows + PADDING) * width + c)
+    at = 0
+    while at < len(program):
+        step = program[at]
+        if step >= SORT:
+            sort_rows(one, work, width, program.ctypes.data + 8 * (at + 1), step - SORT)
+            at += 1 + SIZES[step - SORT]
+            continue
+        i, j = program[at + 1] * width, program[at + 2] * width
+        at += 3
+        if step == BOTH:
             for c in range(0, width, STEP):
                 exchange_both(one, work, i + c, j + c)
-        elif kept == LOWER:
+        elif step == LOWER:
             for c in range(0, width, STEP):
                 exchange_lower(one, work, i + c, j + c)
         else:
@@ -233,7 +282,7 @@ def add_rows(one, work, width, low, high, factor, total):
 @kernel
 def middle_means(one, rows, num_params, program, low, high, factor, divisor, out, work, width):
     """Write the sum of rows low to high - 1, each times `factor`, of the sorted columns, by `divisor`."""
-    total = len(rows) * width  # one more row of the workspace
+    total = len(rows) * width  # a row of the workspace behind those that are sorted
     for begin in range(0, num_params, width):
         filled = min(width, num_params - begin)
         sort_block(one, rows, begin, filled, program, work, width)
@@ -262,11 +311,8 @@ def nearest_means(one, rows, num_params, program, count, factor, divisor, out, w
             best = first * width
             for row in range(first + count, num_rows, count):
                 for c in range(width):
-                    centre, value, other = (
-                        get(one, work, median + c),
-                        get(one, work, best + c),
-                        get(one, work, row * width + c),
-                    )
+                    centre, value = get(one, work, median + c), get(one, work, best + c)
+                    other = get(one, work, row * width + c)
                     put(one, other if abs(other - centre) < abs(value - centre) else value, work, best + c)
         add_rows(one, work, width, 0, count, factor, total)
         for c in range(filled):
@@ -357,3 +403,34 @@ def distances_to(one, vector_one, rows, vector, num_params, out):
                 away = np.float64(get(one, source, c)) - np.float64(get(vector_one, vector, c))
                 total += away * away
             out[row] += total
+
+
+@kernel(fastmath=True)
+def weighted_sum(one, rows, weights, num_params, out, sums):
+    """Write the sum of rows times their weights; `sums` has space for SEGMENT float64 numbers, in which it is built."""
+    num_rows = len(rows)
+    for start in range(0, num_params, SEGMENT):
+        width = min(SEGMENT, num_params - start)
+        for c in range(width):
+            put(1.0, 0.0, sums, c)
+        row = 0
+        while row + 8 <= num_rows:  # eight at a time, so that the sums are read and written seldom
+            r0, r1, r2, r3 = rows[row], rows[row + 1], rows[row + 2], rows[row + 3]
+            r4, r5, r6, r7 = rows[row + 4], rows[row + 5], rows[row + 6], rows[row + 7]
+            w0, w1, w2, w3 = weights[row], weights[row + 1], weights[row + 2], weights[row + 3]
+            w4, w5, w6, w7 = weights[row + 4], weights[row + 5], weights[row + 6], weights[row + 7]
+            for c in range(width):
+                k = start + c
+                a = w0 * get(one, r0, k) + w1 * get(one, r1, k)
+                b = w2 * get(one, r2, k) + w3 * get(one, r3, k)
+                d = w4 * get(one, r4, k) + w5 * get(one, r5, k)
+                e = w6 * get(one, r6, k) + w7 * get(one, r7, k)
+                put(1.0, get(1.0, sums, c) + ((a + b) + (d + e)), sums, c)
+            row += 8
+        while row < num_rows:
+            source, weight = rows[row], weights[row]
+            for c in range(width):
+                put(1.0, get(1.0, sums, c) + weight * get(one, source, start + c), sums, c)
+            row += 1
+        for c in range(width):
+            put(one, get(1.0, sums, c), out, start + c)

@@ -3,13 +3,13 @@
 Numba is imported with the first large stack, as the import costs as much as many small aggregations. Without Numba,
 on other devices, for half precision, and for stacks whose rows are not contiguous, the callers use torch instead.
 They trust their callers: ranks, counts and lengths are checked before, as machine code reads what it is told to.
-What is used depends on the stack alone, so that a run gives the same numbers wherever it is continued.
+What is used depends on the stack and on whether Numba is there: a run that is continued with the same packages on
+the same kind of processor gives the same numbers, with and without Numba they differ in the last bits.
 The machine code is kept on disk, next to this file or in the user's cache; the first use of a kernel ever compiles it.
 """
 
 import functools
 import importlib
-import pickle
 from types import ModuleType
 from typing import Any
 
@@ -17,16 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from strategies.networks import PADDING
+
 LEAST_NUMBERS = 2**20  # smaller stacks are done before the kernels are loaded
-SORTED_WIDTH, MANY_ROWS = (128, 512), 64  # columns sorted at once; the wider for more rows than this
-MULTIPLIED_WIDTH = (4096, 2048)  # columns multiplied at once; the narrower for more rows
+SORTED_WIDTH, FEW_ROWS = (128, 256), 32  # columns sorted at once: fewer where they then fit the first cache
+MULTIPLIED_WIDTH, MANY_ROWS = (4096, 2048), 64  # columns multiplied at once: fewer for more rows than this
 SCALARS = {torch.float32: np.float32(1), torch.float64: np.float64(1)}
 
 
 def takes(updates: Tensor) -> bool:
-    """Whether the kernels work on this stack ``[rows, params]``."""
+    """Whether the kernels work on this stack ``[rows, params]``; gradients are left to torch."""
     fits = updates.device.type == "cpu" and updates.dtype in SCALARS and updates.stride(1) == 1
-    return fits and updates.numel() >= LEAST_NUMBERS and kernels() is not None
+    large = updates.numel() >= LEAST_NUMBERS and not updates.requires_grad
+    return fits and large and kernels() is not None
 
 
 @functools.cache
@@ -59,8 +62,8 @@ def nearest_means(
 
 def middle_values(updates: Tensor, columns: slice, program: np.ndarray, low: int, high: int, out: Tensor) -> None:
     """Write rows low to high - 1 of the sorted `columns` to `out` ``[high - low, at least columns]``."""
-    one, width = SCALARS[updates.dtype], SORTED_WIDTH[len(updates) > MANY_ROWS]
-    work = torch.empty(len(updates) * width, dtype=updates.dtype)
+    one, width = SCALARS[updates.dtype], SORTED_WIDTH[len(updates) > FEW_ROWS]
+    work = torch.empty((len(updates) + 1 + PADDING) * width, dtype=updates.dtype)
     place = (out.data_ptr(), out.stride(0), work.data_ptr(), width)
     _run("middle_values", one, _rows(updates), columns.start, columns.stop, program, low, high, *place)
 
@@ -105,6 +108,17 @@ def distances_to(updates: Tensor, vector: Tensor) -> Tensor:
     return _with_vector("distances_to", updates, vector)
 
 
+def weighted_sum(weights: Tensor, updates: Tensor) -> Tensor:
+    """Return sum_i weights[i] * updates[i] (``[params]``), added up in float64; rows of weight 0 are not read."""
+    shares = weights.double().numpy()
+    chosen = shares.nonzero()[0]
+    out = torch.empty_like(updates[0])
+    sums = torch.empty(_constant("SEGMENT"), dtype=torch.float64)
+    place = (out.data_ptr(), sums.data_ptr())
+    _run("weighted_sum", SCALARS[updates.dtype], _rows(updates)[chosen], shares[chosen], updates.shape[1], *place)
+    return out
+
+
 def _means(
     updates: Tensor,
     chosen: Tensor | None,
@@ -116,9 +130,9 @@ def _means(
 ) -> Tensor:
     one = SCALARS[updates.dtype]
     rows = _rows(updates) if chosen is None else _rows(updates)[chosen.numpy()]
-    width = SORTED_WIDTH[len(rows) > MANY_ROWS]
+    width = SORTED_WIDTH[len(rows) > FEW_ROWS]
     factor, divisor = (type(one)(1 / count), one) if divide_first else (one, type(one)(count))
-    work = torch.empty((len(rows) + 2) * width, dtype=updates.dtype)  # two rows for sums and medians
+    work = torch.empty((len(rows) + 1 + PADDING) * width, dtype=updates.dtype)  # also for sums and medians
     out = torch.empty_like(updates[0])
     _run(kernel, one, rows, updates.shape[1], program, *ranks, factor, divisor, out.data_ptr(), work.data_ptr(), width)
     return out
@@ -138,7 +152,7 @@ def _run(name: str, *args: Any) -> None:
     assert module is not None
     try:
         getattr(module, name)(*args)
-    except (OSError, EOFError, pickle.PickleError):
+    except Exception:  # files of the cache may hold anything; what is wrong with a kernel itself is raised again below
         module.forget_disk()
         getattr(module, name)(*args)
 

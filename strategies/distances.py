@@ -5,10 +5,13 @@ form ||x||^2 + ||y||^2 - 2<x, y> cancels when two updates are close to each othe
 origin. Here the origin is one of the updates: a row near the coordinate-wise median, so that a few
 huge rows cannot carry it away. Pairs that still cancel belong to tight clusters far from the origin;
 each cluster is measured again around one of its own members. The distances to that member are free
-of cancellation, so a cluster shrinks each time, and no pair is left to chance.
+of cancellation, so a cluster shrinks each time, and no pair is left to chance. What one reading shows to lie apart
+from the middle of a cluster is no origin of the next, and after two readings the origin is chosen on all columns:
+whoever knows those that are sampled wins a few readings, not one for each update.
 
 Blocks of columns are multiplied in the stack's precision and added up in float64. Rows whose squares leave
-float32's range are multiplied in float64. Only distances above 1e154, whose squares no float64 holds, are inf.
+float32's range are multiplied in float64. Only distances above 1e154, whose squares no float64 holds, are inf;
+norms that long are taken of shortened rows.
 Sums of n terms alone, such as norms, are float64 throughout: that costs no more than reading the stack.
 """
 
@@ -18,11 +21,14 @@ import torch
 from torch import Tensor
 
 from strategies import compiled
+from strategies.sorting import middle_mean
 from tasks.errors import AggregationError
 
 BLOCK_COLUMNS = 8192
 PANEL_ROWS = 64  # a Gram matrix is symmetric: panels of rows let its upper half be skipped
 SAMPLE_COLUMNS = 256  # columns that choose the origin; they decide about speed, not about what is right
+BLURRED = 1e-5  # share of the largest ||x||^2 of a cluster by which squared distances that cancelled may be wrong
+SAMPLED_READINGS = 2  # of a cluster and those it lies in, before its origin is chosen on all columns
 CANCELLED = 1 / 16  # share of ||x||^2 + ||y||^2; with float32 products good to 3e-6, larger distances are good to 1e-4
 SMALLEST_SQUARE = 1e-33  # per column; a row whose mean square is below it may have lost squares to underflow
 
@@ -30,13 +36,20 @@ SMALLEST_SQUARE = 1e-33  # per column; a row whose mean square is below it may h
 def squared_distances(updates: Tensor) -> Tensor:
     """Return ||x_i - x_j||^2 (``[clients, clients]``, float64): symmetric, zero diagonal, relative error below 1e-4."""
     result = torch.zeros(len(updates), len(updates), dtype=torch.float64, device=updates.device)
-    clusters = [torch.arange(len(updates), device=updates.device)]
+    everyone = torch.arange(len(updates), device=updates.device)
+    clusters = [(everyone, everyone, 0)]  # rows, which positions among them may hold the origin, readings before
     while clusters:
-        rows = clusters.pop()
-        centre = _central(updates, rows)
-        around, doubtful = _distances_from(gram(updates, int(rows[centre]), rows), centre)
+        rows, inner, readings = clusters.pop()
+        if readings < SAMPLED_READINGS:
+            centre = int(inner[_central(updates, rows[inner])])
+        else:
+            centre = _surely_central(updates, rows)
+        products = gram(updates, int(rows[centre]), rows)
+        around, doubtful = _distances_from(products, centre)
         result[rows[:, None], rows[None, :]] = around
-        clusters.extend(rows[members] for members in _components(doubtful))
+        for members in _components(doubtful):
+            error = BLURRED * products.diagonal()[members].max()
+            clusters.append((rows[members], _inner(around[members][:, members], error), readings + 1))
     return result
 
 
@@ -70,12 +83,12 @@ def gram(updates: Tensor, origin: int | None, rows: Tensor) -> Tensor:
 def norms(updates: Tensor) -> Tensor:
     """Return the L2 norm of every update (``[clients]``, float64)."""
     if compiled.takes(updates):
-        return compiled.squares(updates).sqrt()
+        return _long_norms(updates, compiled.squares(updates).sqrt())
     narrow = torch.float64 if updates.dtype == torch.float64 else torch.float32
     squares = _squares(updates, narrow)
     if narrow == torch.float32 and not _in_range(squares, updates.shape[1]):
         squares = _squares(updates, torch.float64)
-    return squares.sqrt()
+    return _long_norms(updates, squares.sqrt())
 
 
 def dots(updates: Tensor, vector: Tensor) -> Tensor:
@@ -147,11 +160,31 @@ def _squares(updates: Tensor, dtype: torch.dtype) -> Tensor:
     return total
 
 
+def _long_norms(updates: Tensor, found: Tensor) -> Tensor:
+    """Return the norms with those whose squares no float64 holds taken of the row divided by its largest entry."""
+    for row in found.isinf().nonzero().flatten().tolist():
+        largest = updates[row].abs().max().double()
+        found[row] = largest * torch.linalg.vector_norm(updates[row].double() / largest)
+    return found
+
+
+def _inner(distances: Tensor, error: Tensor) -> Tensor:
+    """Return the positions whose median squared distance to all may be the least, if all are wrong by `error`."""
+    typical = distances.sort(1).values[:, len(distances) // 2]
+    return (typical <= typical.min() + error).nonzero().flatten()
+
+
 def _central(updates: Tensor, rows: Tensor) -> int:
     """Return the position in `rows` of the row nearest to their coordinate-wise median, on a sample of columns."""
     stride = -(-updates.shape[1] // SAMPLE_COLUMNS) or 1
     sample = updates[:, ::stride].index_select(0, rows).double()
     return int((sample - sample.median(0).values).square().sum(1).argmin())
+
+
+def _surely_central(updates: Tensor, rows: Tensor) -> int:
+    """Return the position in `rows` of the row nearest to their coordinate-wise median, on all columns."""
+    middle = middle_mean(updates, (len(rows) - 1) // 2, len(rows) // 2 + 1, rows)
+    return int(squared_distances_to(updates, middle)[rows].argmin())
 
 
 def _distances_from(products: Tensor, centre: int) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,9 @@ class Decision:
         if self.added is not None:
             total = total + self.added.to(total)
         if self.noise_std:
-            total = total + (torch.randn(len(total), generator=self.generator) * self.noise_std).to(total)
+            drawn = torch.randn(len(total), generator=self.generator)
+            drawn = drawn.double() if total.dtype == torch.float64 else drawn  # where noise_std may leave float32
+            total = total + (drawn * self.noise_std).to(total)
         return total
 
 

@@ -1,33 +1,29 @@
 """Order statistics of every parameter over the clients, by a pruned sorting network.
 
 Sorting n numbers a million times is slow; exchanging two rows of a million numbers is two vectorised
-operations, `minimum` and `maximum`. Batcher's merge exchange (Knuth, The Art of Computer
-Programming 3, section 5.2.2, algorithm M) is a fixed sequence of such exchanges for any n. Those that
-cannot change *which* values end up in the wanted ranks are left out, and exchanges at a regular
-distance run as one operation. Columns are taken in blocks that stay in the cache.
+operations, `minimum` and `maximum`; `strategies.networks` says which rows to exchange. Columns are taken in
+blocks that stay in the cache.
 
-Large stacks on the CPU are sorted by `strategies.compiled`. For others there is a version in torch, in which a row has
-a place in each of two buffers: an exchange writes its minimum to the other buffer and its maximum in place, so that
-nothing is copied back.
+Large stacks on the CPU are sorted by `strategies.compiled`. For others there is a version in torch, in which exchanges
+at a regular distance run as one operation. A row has a place in each of two buffers: an exchange writes its minimum to
+the other buffer and its maximum in place, so that nothing is copied back.
 """
 
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from strategies import compiled
+from strategies.networks import ends_of_nearest, ends_of_ranks, merge_exchange, program, pruned
 from tasks.errors import AggregationError
 
 CPU_WORKSPACE = 2**21  # numbers per buffer: 8 MiB of float32, so that both stay in the last cache
 DEVICE_WORKSPACE = 2**27
 CPU_COLUMNS = (1024, 32768)  # fewer do not pay for the call of an operation, more do not fit the inner caches
 COMPILED_COLUMNS = 8192
-BOTH, LOWER, UPPER = 3, 1, 2  # which values of an exchange are used afterwards
-Layers = list[list[tuple[int, int]]]
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ def middle_blocks(updates: Tensor, low: int, high: int, ordered: bool = False) -
     width = _width(num_clients, num_params, device)
     buffers = [torch.empty(num_clients, width, dtype=updates.dtype, device=device) for _ in range(2)]
     network, sides = _network(num_clients, low, high, ordered)
-    program = [
+    exchanges = [
         (e.rows(buffers[e.sides[0]], e.first), e.rows(buffers[e.sides[1]], e.first + e.distance),
          e.rows(buffers[1 - e.sides[0]], e.first)) for e in network
     ]  # fmt: skip
@@ -70,7 +66,7 @@ def middle_blocks(updates: Tensor, low: int, high: int, ordered: bool = False) -
     for start in range(0, num_params, width):
         columns = slice(start, min(start + width, num_params))
         buffers[0][:, : columns.stop - start].copy_(updates[:, columns])  # the rest holds numbers nobody reads
-        for one, other, place in program:
+        for one, other, place in exchanges:
             torch.minimum(one, other, out=place)
             torch.maximum(one, other, out=other)
         for row in strays:
@@ -87,10 +83,10 @@ def middle_mean(updates: Tensor, low: int, high: int, rows: Tensor | None = None
     if not 0 <= low < high <= num_rows:
         raise AggregationError(f"wanted ranks 0 <= low < high <= {num_rows}, got {low} and {high}")
     if compiled.takes(updates):
-        program = _program(num_rows, _ends(num_rows, low, high, False), low, high)
-        result = compiled.middle_means(updates, rows, program, low, high, divide_first=False)
+        steps = program(num_rows, ends_of_ranks(num_rows, low, high, False), low, high)
+        result = compiled.middle_means(updates, rows, steps, low, high, divide_first=False)
         if _overflowed(result):
-            result = compiled.middle_means(updates, rows, program, low, high, divide_first=True)
+            result = _in_range(compiled.middle_means(updates, rows, steps, low, high, divide_first=True), updates)
         return result
     chosen = updates if rows is None else updates.index_select(0, rows)
     return _mean(chosen, lambda: middle_blocks(chosen, low, high), high - low)
@@ -106,10 +102,10 @@ def nearest_mean(updates: Tensor, count: int, rows: Tensor | None = None) -> Ten
     if not 1 <= count <= num_rows:
         raise AggregationError(f"wanted the mean of 1 to {num_rows} values, got {count}")
     if compiled.takes(updates):
-        program = _program(num_rows, _nearest_ends(num_rows, count), 0, num_rows)
-        result = compiled.nearest_means(updates, rows, program, count, divide_first=False)
+        steps = program(num_rows, ends_of_nearest(num_rows, count), 0, num_rows)
+        result = compiled.nearest_means(updates, rows, steps, count, divide_first=False)
         if _overflowed(result):
-            result = compiled.nearest_means(updates, rows, program, count, divide_first=True)
+            result = _in_range(compiled.nearest_means(updates, rows, steps, count, divide_first=True), updates)
         return result
     chosen = updates if rows is None else updates.index_select(0, rows)
     return _mean(chosen, lambda: _nearest_blocks(chosen, count), count)
@@ -135,12 +131,22 @@ def _mean(updates: Tensor, blocks: Callable[[], Iterator[tuple[slice, Tensor]]],
     if _overflowed(result):
         for columns, values in blocks():
             torch.sum(values.div_(count), 0, out=result[columns])
+        result = _in_range(result, updates)
     return result
 
 
 def _overflowed(result: Tensor) -> bool:
     """Whether a sum may have left the range of numbers; then values are divided first, which is slower."""
-    return bool(result.isinf().any())
+    return not result.isfinite().all()  # infinities of both signs make NaN
+
+
+def _in_range(result: Tensor, updates: Tensor) -> Tensor:
+    """Return means of divided values with the largest number where rounding alone made an infinity of finite ones."""
+    columns = result.isinf().nonzero().flatten()
+    columns = columns[updates[:, columns].isfinite().all(0)]
+    most = torch.finfo(result.dtype).max
+    result[columns] = result[columns].clamp(-most, most)
+    return result
 
 
 def _nearest_blocks(updates: Tensor, count: int) -> Iterator[tuple[slice, Tensor]]:
@@ -163,11 +169,11 @@ def _nearest_blocks(updates: Tensor, count: int) -> Iterator[tuple[slice, Tensor
 
 def _compiled_blocks(updates: Tensor, low: int, high: int, ordered: bool) -> Iterator[tuple[slice, Tensor]]:
     num_clients, num_params = updates.shape
-    program = _program(num_clients, _ends(num_clients, low, high, ordered), low, high)
+    steps = program(num_clients, ends_of_ranks(num_clients, low, high, ordered), low, high)
     space = torch.empty(high - low, min(COMPILED_COLUMNS, num_params), dtype=updates.dtype)
     for start in range(0, num_params, COMPILED_COLUMNS):
         columns = slice(start, min(start + COMPILED_COLUMNS, num_params))
-        compiled.middle_values(updates, columns, program, low, high, space)
+        compiled.middle_values(updates, columns, steps, low, high, space)
         yield columns, space[:, : columns.stop - start]
 
 
@@ -182,65 +188,12 @@ def _width(num_clients: int, num_params: int, device: torch.device) -> int:
 def _network(num_rows: int, low: int, high: int, ordered: bool) -> tuple[tuple[Exchanges, ...], tuple[int, ...]]:
     """Return the exchanges that bring the wanted ranks to rows low to high - 1, and the buffer each row ends in."""
     sides = [0] * num_rows
-    program: list[Exchanges] = []
-    for layer in _pruned(_merge_exchange(num_rows), _ends(num_rows, low, high, ordered)):
-        program.extend(_grouped(layer, sides))
+    groups: list[Exchanges] = []
+    for layer in pruned(merge_exchange(num_rows), ends_of_ranks(num_rows, low, high, ordered)):
+        groups.extend(_grouped(layer, sides))
         for first, _ in layer:
             sides[first] ^= 1
-    return tuple(program), tuple(sides)
-
-
-@functools.lru_cache(maxsize=64)
-def _program(num_rows: int, ends: tuple[int, ...], low: int, high: int) -> np.ndarray:
-    """Return the exchanges of `_pruned` in order: rows (which values are used, i, j); used are rows low to high - 1."""
-    used = [low <= row < high for row in range(num_rows)]
-    program = []
-    for layer in reversed(_pruned(_merge_exchange(num_rows), ends)):
-        for i, j in layer:
-            if kept := LOWER * used[i] + UPPER * used[j]:
-                program.append((kept, i, j))
-                used[i] = used[j] = True
-    return np.array(program[::-1], dtype=np.int64).reshape(-1, 3)
-
-
-def _ends(num_rows: int, low: int, high: int, ordered: bool) -> tuple[int, ...]:
-    """Return the class in which every row's value ends: one for each wanted rank or, unless `ordered`, one for all."""
-    wanted = range(low, high)
-    return tuple((row if ordered else low) if row in wanted else -1 if row < low else num_rows
-                 for row in range(num_rows))  # fmt: skip
-
-
-def _nearest_ends(num_rows: int, count: int) -> tuple[int, ...]:
-    """Return the class in which every row's value ends: one for all that are among the nearest whatever they are."""
-    always = set(range(num_rows - count, count)) - {(num_rows - 1) // 2, num_rows // 2}
-    return tuple(num_rows if row in always else row for row in range(num_rows))
-
-
-def _merge_exchange(num_rows: int) -> Layers:
-    """Return the layers of Batcher's network; within a layer no row appears twice and the distance is one."""
-    top = 1 << max(0, (num_rows - 1).bit_length() - 1)
-    layers, p = [], top
-    while p > 0 and num_rows > 1:
-        q, r, distance = top, 0, p
-        while True:
-            layers.append([(i, i + distance) for i in range(num_rows - distance) if i & p == r])
-            if q == p:
-                break
-            distance, q, r = q - p, q >> 1, p
-        p >>= 1
-    return layers
-
-
-def _pruned(layers: Layers, classes: tuple[int, ...]) -> Layers:
-    """Drop exchanges between two rows that end in the same class and are not used again."""
-    ends: list[int | None] = list(classes)
-    kept = []
-    for layer in reversed(layers):
-        needed = [(i, j) for i, j in layer if ends[i] is None or ends[j] is None or ends[i] != ends[j]]
-        for i, j in needed:
-            ends[i] = ends[j] = None
-        kept.append(needed)
-    return [layer for layer in reversed(kept) if layer]
+    return tuple(groups), tuple(sides)
 
 
 def _grouped(layer: list[tuple[int, int]], sides: list[int]) -> list[Exchanges]:

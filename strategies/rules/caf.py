@@ -5,6 +5,7 @@ algorithm 2. From equal weights c_i = 1, while their sum is above n - 2f: mu = t
 largest eigenvalue of the weighted covariance and its eigenvector, t_i = <x_i - mu, u>^2, and c_i <- c_i (1 - t_i /
 max_j t_j), the maximum over those with c_j > 0. The result is the mu of least lambda that was met. No deviation, but
 for f = 0, where no step is taken and the result is the mean, and a cloud with no extent left, where the filter stops.
+Float64 rows too far off for inner products have weight 0 from the start, which is what the filter would end at.
 Needs n >= 2f + 1. Costs one Gram matrix, one sum and at most n eigenvectors of n x n matrices: O(n^2 d + n^4).
 
 The covariance's non-zero eigenvalues are those of the weighted Gram matrix around mu, so everything is n x n; the power
@@ -14,7 +15,8 @@ method, which would have to choose its number of steps, is not needed.
 import torch
 from torch import Tensor
 
-from strategies.rule import Stack, count_byzantine, require_clients, weight_rule
+from strategies.rule import Stack, count_byzantine, require_clients, uniform_weights, weight_rule
+from strategies.rules.geometric_median import without_unreachable
 
 
 @weight_rule
@@ -23,9 +25,11 @@ def caf(updates: Stack, *, num_byzantine: int | float) -> Tensor:
     num_clients = len(updates)
     f = count_byzantine(num_byzantine, num_clients)
     require_clients("caf", "2f + 1", 2 * f + 1, num_clients, f)
-    products = updates.majority_products
-    weights = torch.ones(num_clients, dtype=torch.float64, device=updates.device)
-    best, least = weights / num_clients, torch.inf
+    if f == 0:
+        return uniform_weights(updates)
+    products, reachable = without_unreachable(updates.majority_products)
+    weights = reachable.double()
+    best, least = weights / weights.sum(), torch.inf
     while float(weights.sum()) > num_clients - 2 * f:
         share = weights / weights.sum()
         value, offsets = widest_direction(products, share)

@@ -55,14 +55,30 @@ def dnc(
 
 
 def outlier_scores(updates: Stack, columns: Tensor) -> Tensor:
-    """Return the squared projections of the centred rows on their top right singular vector (``[rows]``, float64)."""
+    """Return the squared projections of the centred rows on their top right singular vector (``[rows]``, float64).
+
+    Where float64 does not hold them, those of the rows divided by their largest entry, which rank the same.
+    """
+    products = centred_products(updates, columns)
+    if not products.isfinite().all():
+        parts = columns.to(updates.device).split(BLOCK_COLUMNS)
+        products = centred_products(updates, columns, max(float(updates.columns(part).abs().max()) for part in parts))
+    if not products.isfinite().all():
+        raise AggregationError("dnc wants finite updates, got some that are not, or that overflow when they are mixed")
+    values, vectors = torch.linalg.eigh(products)
+    return values[-1].clamp(min=0) * vectors[:, -1].square()
+
+
+def centred_products(updates: Stack, columns: Tensor, unit: float = 1.0) -> Tensor:
+    """Return the inner products (``[rows, rows]``, float64) of rows around their mean, on `columns`, in `unit`."""
     products = torch.zeros(len(updates), len(updates), dtype=torch.float64, device=updates.device)
     for part in columns.to(updates.device).split(BLOCK_COLUMNS):
         block = updates.columns(part).double()
+        if unit != 1.0:
+            block = block / unit
         centred = block - block.mean(0)
         products += centred @ centred.t()
-    values, vectors = torch.linalg.eigh(products)
-    return values[-1].clamp(min=0) * vectors[:, -1].square()
+    return products
 
 
 def sample_columns(num_params: int, num_columns: int, generator: torch.Generator) -> Tensor:

@@ -39,9 +39,19 @@ def flame(updates: Stack, generator: torch.Generator, *, noise: float = 0.001) -
     if noise < 0:
         raise ConfigError(f"flame wants noise >= 0, got {noise}")
     limit = updates.norms.quantile(0.5)
-    admitted = majority_cluster(1 - updates.cosines())
-    weights = uniform_weights(updates, admitted) * clip_factors(updates, limit)
+    factors = clip_factors(updates, limit)
+    weights = uniform_weights(updates, majority_cluster(1 - angles(updates))) * factors
     return Decision(weights, noise * float(limit), generator)
+
+
+def angles(updates: Stack) -> Tensor:
+    """Return the cosine of the angle of every two rows (``[rows, rows]``, float64), however long they are."""
+    found = updates.cosines()
+    if found.isfinite().all():
+        return found
+    rows = updates.columns(slice(None))  # products beyond float64: of rows whose largest entry is 1
+    sizes = rows.abs().amax(1, keepdim=True)
+    return Stack.of(rows / sizes.where(sizes > 0, 1.0)).cosines()
 
 
 def majority_cluster(distances: Tensor) -> Tensor:

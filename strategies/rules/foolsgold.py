@@ -68,12 +68,23 @@ def cosines(history: Tensor) -> Tensor:
     """Return cos(h_i, h_j) (``[clients, clients]``, float64), 0 on the diagonal and where a row is 0.
 
     In float64, in which products of float32 numbers are exact, since what counts is how far from 1 they are.
+    Sums that have left the range of numbers count as the largest there is, and where products do, rows are shortened.
     """
-    products = torch.zeros(len(history), len(history), dtype=torch.float64, device=history.device)
-    for block in history.split(BLOCK_COLUMNS, dim=1):
-        rows = block.double()
-        products += rows @ rows.t()
+    products = _products(history, None)
+    if not products.isfinite().all():
+        history = history.nan_to_num()
+        sizes = history.abs().amax(1, keepdim=True).double()
+        products = _products(history, sizes.where(sizes > 0, 1.0))
     lengths = products.diagonal().sqrt()
     both = lengths[:, None] * lengths
     found = torch.where(both > 0, products / both.where(both > 0, 1.0), 0.0)
     return found.clamp(-1, 1).fill_diagonal_(0)
+
+
+def _products(history: Tensor, sizes: Tensor | None) -> Tensor:
+    """Return the inner products (``[clients, clients]``, float64) of the rows, by `sizes` ``[clients, 1]`` if given."""
+    products = torch.zeros(len(history), len(history), dtype=torch.float64, device=history.device)
+    for block in history.split(BLOCK_COLUMNS, dim=1):
+        rows = block.double() if sizes is None else block.double() / sizes
+        products += rows @ rows.t()
+    return products

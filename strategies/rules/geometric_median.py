@@ -8,6 +8,8 @@ the better of Weiszfeld's and Newton's, and it runs until the median is found. A
 no point on its way has a larger objective than an honest update z, and with f of n updates arbitrary that alone
 gives, up to nu, ||point - z|| <= 2 (n - f) / (n - 2f) max ||x_i - z|| over honest x_i.
 
+`nu` has a unit, and far below the updates' own rounding it would be none: it is at least 1e-12 of a typical distance.
+
 All steps run on coefficients of the updates, in n x n space, on a Gram matrix: the updates are read for that matrix
 and for the result alone. A point is the sum of coefficients[i] x_i; an outlier's are as small as it is far.
 """
@@ -16,12 +18,13 @@ import torch
 from torch import Tensor
 
 from strategies.rule import Stack, weight_rule
-from tasks.errors import ConfigError
+from tasks.errors import AggregationError, ConfigError
 
 FARTHEST_SQUARE = 1e300  # of float64 rows: sums of such squares do not overflow
 LENGTHS = 2.0 ** torch.arange(-8, 25)  # of steps, from cautious ones to ones that leave a tip of the objective
 BLURRED = 1e-2  # share of ||x||^2 + ||y||^2; the rounding of float32 products is 1e-5 of smaller squared distances
 MOST_ORIGINS = 4
+SHARPEST = 1e-12  # share of a typical distance: the least nu, above the rounding of coefficients
 TIE = 1e-9  # share of a typical distance by which the objectives of tied updates differ
 
 
@@ -60,6 +63,7 @@ def median_weights(products: Tensor, nu: float, max_iterations: int, tolerance: 
     """Return the weights (``[clients]``, sum 1) of the geometric median of points with these inner products."""
     products, reachable = without_unreachable(products)
     point = least_update(products, reachable)
+    nu = max(nu, SHARPEST * float(distances_to(products, point)[reachable].median()))
     identity = torch.eye(len(point), dtype=point.dtype, device=point.device)
     for _ in range(max_iterations):
         distances = distances_to(products, point)
@@ -79,8 +83,16 @@ def median_weights(products: Tensor, nu: float, max_iterations: int, tolerance: 
 
 
 def without_unreachable(products: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the products with 0 for rows too far off to weigh anything, and which rows are nearer than that."""
+    """Return the products with 0 for rows too far off to weigh anything, and which rows are nearer than that.
+
+    `AggregationError` if no row is, as may be where a mixing has spread such rows.
+    """
     reachable = products.diagonal() <= FARTHEST_SQUARE
+    if not reachable.any():
+        raise AggregationError(
+            "wanted updates whose distances from each other stay below 1e150, got none; bound them before, "
+            "with max-update-norm, or send float32"
+        )
     return products.where(reachable[:, None] & reachable, 0.0), reachable
 
 

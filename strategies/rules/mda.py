@@ -4,7 +4,9 @@ El Mhamdi, Guerraoui, Guirguis, Hoang and Rouault, "Genuinely Distributed Byzant
 after the minimum volume ellipsoid of Rousseeuw, "Multivariate Estimation with High Breakdown Point", 1985. As a rule
 several sets have the least diameter, which is that of two updates, and the paper leaves open which of them counts. Here
 it is the set whose second largest distance is least, then whose third is, and so on, so that the order of the clients
-decides nothing. Only where distances are equal to the last bit do lower rows come first.
+decides nothing while no two distances are equal. Of pairs equally far to the last bit, as among small whole numbers,
+the first in the order of rows that a set can hold is settled, and what follows is least among the sets that hold it:
+then the diameter is still the least there is, but another choice might have had a shorter second or third distance.
 Needs n >= 2f + 1. Costs one Gram matrix and one sum, O(n^2 d), and the search below; exact or an error.
 
 No set is enumerated. A set of diameter at most t exists exactly if f updates touch every pair that is further apart:
@@ -34,7 +36,10 @@ def mda(updates: Stack, *, num_byzantine: int | float) -> Tensor:
 
 
 def least_diameter(distances: NDArray[np.float64], num_out: int) -> list[int]:
-    """Return the n - `num_out` points of least diameter, then least second largest distance and so on, ascending."""
+    """Return the n - `num_out` points of least diameter, then least second largest distance and so on, ascending.
+
+    Of pairs at exactly the same distance the first in row order is settled, before shorter distances are looked at.
+    """
     num_points = len(distances)
     size = num_points - num_out
     if num_out == 0 or size < 2:

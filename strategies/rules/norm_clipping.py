@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from strategies.rule import Stack, uniform_weights, weight_rule
-from tasks.errors import ConfigError
+from tasks.errors import AggregationError, ConfigError
 
 LAWS_NOT_KEPT = {
     "shift": "norms are measured from the global model, the origin, and a shift changes them",
@@ -43,6 +43,14 @@ def clipped_weights(updates: Stack, limit: Tensor) -> Tensor:
 
 
 def clip_factors(updates: Stack, limit: Tensor) -> Tensor:
-    """Return what each row is multiplied by (``[rows]``, at most 1) so that its L2 norm is at most `limit`."""
+    """Return what each row is multiplied by (``[rows]``, at most 1) so that its L2 norm is at most `limit`.
+
+    A row whose norm no float64 holds is multiplied by 0; `AggregationError` if that is true of `limit`.
+    """
     lengths = updates.norms
+    if not limit.isfinite() or lengths.isnan().any():
+        raise AggregationError(
+            "clipping wants norms that float64 holds, got updates beyond them; bound them before, "
+            "with max-update-norm, or send float32"
+        )
     return torch.where(lengths <= limit, 1.0, limit / lengths)

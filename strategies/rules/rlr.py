@@ -32,7 +32,7 @@ def rlr(updates: Tensor, *, threshold: int | float) -> Tensor:
     num_clients = len(updates)
     wanted = required_lead(threshold, num_clients)
     mean = updates.mean(0)
-    if mean.isinf().any():  # the sum left the range: divide first
+    if not mean.isfinite().all():  # the sum left the range: divide first
         mean = (updates / num_clients).sum(0)
     return torch.where(sign_sums(updates).abs() >= wanted, mean, -mean)
 
