@@ -35,6 +35,7 @@ class Propagation:
     tick: Callable[[], None] = lambda: None  # called between chunks; may raise
     lines: dict[int, Relaxation] = field(default_factory=dict)
     reach: dict[int, Bounds] = field(default_factory=dict)  # an interval that contains every node's relaxed values
+    tight: dict[int, Bounds] = field(default_factory=dict)  # per ReLU, the interval its lines were drawn on
     grids: Grids = field(default_factory=Grids)
     rows: int = 0  # rows that travelled, in all samples
 
@@ -59,8 +60,15 @@ class Propagation:
         """Return the same for some of the samples, with the lines known so far."""
         lines = {index: lines[some] for index, lines in self.lines.items()}
         reach = {index: (low[some], high[some]) for index, (low, high) in self.reach.items()}
+        tight = {index: (low[some], high[some]) for index, (low, high) in self.tight.items()}
         return replace(
-            self, box=self.box[some], lines=lines, reach=reach, grids=Grids(memory=self.grids.memory), rows=0
+            self,
+            box=self.box[some],
+            lines=lines,
+            reach=reach,
+            tight=tight,
+            grids=Grids(memory=self.grids.memory),
+            rows=0,
         )
 
     def step(self, index: int) -> None:
@@ -78,7 +86,7 @@ class Propagation:
             self.reach[index] = (first[0] + second[0], first[1] + second[1])
         elif node.kind == "relu":
             low, high = self.tightened(node.parents[0])
-            self.lines[index] = relax(low, high, self.slopes)
+            self.lines[index], self.tight[index] = relax(low, high, self.slopes), (low, high)
             self.reach[index] = hull(low, high, self.lines[index])
 
     def tightened(self, index: int) -> Bounds:

@@ -2,12 +2,11 @@
 
 What is guaranteed. `certified` means: for every real input of the (outwards rounded) ball inside `input_range`, the
 network with its stored weights, computed in real arithmetic, puts the label's logit above every other. The bounds are
-themselves computed in floating point: every layer's interval is widened by 32 units in the last place, and a sample is
-certified only below a tolerance, 1e-5 (float32) or 1e-10 (float64) of the size of the margin's terms. Samples
-that float32 leaves within the tolerance are decided again in float64. The float32 network that is deployed differs
-from real arithmetic by about 1e-6 of its logits, which the float32 tolerance covers and the float64 tolerance does
-not; `tolerance` says which was kept. These are margins far above observed rounding, not a proof of every rounded
-operation; so is the folding of batch normalisation, rounded once per weight.
+themselves computed in floating point, and what rounding can have moved them by is bounded (`rounding.py`): a sample is
+certified only below that error and, besides, 1e-5 (float32) or 1e-10 (float64) of the size of the margin's terms.
+Samples that float32 leaves open are decided again in float64. The float32 network that is deployed differs from real
+arithmetic by about 1e-6 of its logits as a rule, which the float32 tolerance covers and the float64 tolerance does not;
+but a network can be made that rounds as it likes, and then the deployed one is not the one that is certified.
 
 Methods: "zonotope" is DeepZ (Singh et al. 2018), equal slopes; "crown" has adaptive lower slopes (Zhang et al. 2018);
 "interval" is interval bound propagation; "best" is the least of the three for every margin, so it is no pure DeepZ.
@@ -30,6 +29,7 @@ from certify.zonotope.graph import Graph, build_graph
 from certify.zonotope.grids import Grids
 from certify.zonotope.interval import interval_margins
 from certify.zonotope.relaxation import Box, Slopes, check_box, input_box
+from certify.zonotope.rounding import FOLDED, Rounding, rows_with_error
 from tasks.errors import CertificationError
 
 Method = Literal["zonotope", "crown", "interval", "best"]
@@ -151,9 +151,9 @@ class _Found:
     rows: int
 
     def open_cases(self) -> Tensor:
-        """Return the samples that neither are certified nor are clearly not: within the tolerance around 0."""
+        """Return the samples that are not certified, though their bounds as computed are below 0, or all but below."""
         worst = self.margins.amax(1)
-        near = (worst >= -self.tolerance) & (worst <= self.tolerance) & (self.clean > 0)
+        near = (worst >= -self.tolerance) & (worst <= _TOLERANCE[torch.float32] * self.size.amax(1)) & (self.clean > 0)
         return near.nonzero()[:, 0]
 
     def copy(self) -> "_Found":
@@ -218,35 +218,41 @@ class _Run:
                 parts.append(self.bounds(graph, network, box[some], labels[own], known))
                 if on_progress is not None:
                     on_progress(min(own.stop, inputs.shape[0]), inputs.shape[0])
-        margins, size, unstable = (torch.cat([part[column] for part in parts]) for column in (0, 1, 2))  # type: ignore[misc]
-        return self.found(margins, size, unstable, sum(part[3] for part in parts), labels, clean, dtype)
+        margins, size, error, unstable = (torch.cat([part[column] for part in parts]) for column in (0, 1, 2, 3))  # type: ignore[misc]
+        return self.found(margins, size, error, unstable, sum(part[4] for part in parts), labels, clean, dtype)
 
     def found(
-        self, margins: Tensor, size: Tensor, unstable: Tensor, rows: int, labels: Tensor, clean: Tensor,
-        dtype: torch.dtype,
+        self, margins: Tensor, size: Tensor, error: Tensor, unstable: Tensor, rows: int, labels: Tensor,
+        clean: Tensor, dtype: torch.dtype,
     ) -> _Found:  # fmt: skip
         if not self.finite:
             margins = torch.full_like(margins, torch.inf)  # an infinite weight may hide behind a ReLU
         margins = margins.double().nan_to_num(torch.inf, torch.inf, -torch.inf)  # NaN bounds nothing
         size = size.double().nan_to_num(torch.inf, torch.inf)
-        tolerance = _TOLERANCE[dtype] * size.amax(1)
+        error = error.double().nan_to_num(torch.inf, torch.inf).scatter(1, labels[:, None], 0.0)
+        tolerance = _TOLERANCE[dtype] * size.amax(1) + error.amax(1) * (1 + 1e-9)
         margins = margins.scatter(1, labels[:, None], -torch.inf)
         cpu = [tensor.cpu() for tensor in (margins, size, clean, labels, unstable, tolerance)]
         return _Found(*cpu, rows=rows)
 
     def bounds(
         self, graph: Graph, network: Network, box: Box, labels: Tensor, known: Propagation | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Return (upper bounds, size of their terms, unstable ReLUs, rows) of one batch; `known` is begun already."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+        """Return (upper bounds, size of their terms, rounding, unstable ReLUs, rows) of one batch.
+
+        `known` is a propagation that is begun already.
+        """
         if self.method == "interval":
             margins = interval_margins(network, box, labels)
-            return margins, margins.abs(), labels.new_zeros(labels.shape), 0
+            error = Rounding.of(graph, box, roundings=self.roundings(box)).logit_pairs(labels)
+            return margins, margins.abs(), error, labels.new_zeros(labels.shape), 0
         if self.method == "best":
             runs = [replace(self, method=method) for method in ("zonotope", "crown", "interval")]
             found = [run.bounds(graph, network, box, labels) for run in runs]
             margins = torch.stack([entry[0] for entry in found]).amin(0)  # amin keeps NaN
             size = torch.stack([entry[1] for entry in found]).amax(0)
-            return margins, size, found[0][2], sum(entry[3] for entry in found)
+            sure = torch.stack([entry[0] + entry[2] for entry in found]).amin(0)  # the least of what each can vouch for
+            return margins, size, (sure - margins).clamp(min=0), found[0][3], sum(entry[4] for entry in found)
         if self.direction == "forward":
             return self.forward(graph, box, labels)
         return self.backward(graph, labels, known or self.propagation(graph, box))
@@ -256,19 +262,34 @@ class _Run:
         working_set = self.working_set(box.center.device)
         return Propagation(graph, box, _SLOPES[self.method], working_set, self.tick, grids=grids)
 
-    def backward(self, graph: Graph, labels: Tensor, run: Propagation) -> tuple[Tensor, Tensor, Tensor, int]:
+    def roundings(self, box: Box) -> int:
+        """How often a weight was rounded between the stored network and the one that is bounded."""
+        folded = any(layer.kind in ("batch_norm", "residual") for layer in self.network.layers)
+        parts = self.network.parts.values()
+        wider = any(part.dtype.itemsize > box.center.dtype.itemsize for part in parts)
+        return FOLDED * folded + wider
+
+    def backward(self, graph: Graph, labels: Tensor, run: Propagation) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
         box, device = run.box, run.box.center.device
         run.prepare()
         classes = graph.nodes[-1].size
         rows = torch.eye(classes, dtype=box.center.dtype, device=device)[None] - _one_hot(labels, classes, box)[:, None]
         which = torch.arange(labels.numel(), device=device).repeat_interleave(classes)
-        constant, spread = run.upper_of_rows(len(graph.nodes) - 1, rows.reshape(-1, classes), which)
+        rows = rows.reshape(-1, classes)
+        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+            constant, spread = run.upper_of_rows(len(graph.nodes) - 1, rows, which)
+            error = torch.zeros_like(constant)  # bounds for training; nothing is certified by them
+        else:
+            constant, spread, error = rows_with_error(
+                run, Rounding.of(graph, box, run, self.roundings(box)), rows, which
+            )
+            run.rows += rows.shape[0]
         margins, size = constant + spread, constant.abs() + spread.abs()
         unstable = [lines.unstable.flatten(1).sum(1) for lines in run.lines.values()]
         total = torch.stack(unstable).sum(0) if unstable else labels.new_zeros(labels.shape)
-        return margins.view(-1, classes), size.view(-1, classes), total, run.rows
+        return margins.view(-1, classes), size.view(-1, classes), error.view(-1, classes), total, run.rows
 
-    def forward(self, graph: Graph, box: Box, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    def forward(self, graph: Graph, box: Box, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
         margins, sizes, unstable = [], [], []
         for sample, label in enumerate(labels.tolist()):
             self.tick()
@@ -277,7 +298,8 @@ class _Run:
             difference = zonotope.center - zonotope.center[label]
             sizes.append(difference.abs() + (margins[-1] - difference))
             unstable.append(zonotope.generators.shape[0] - box.center[0].numel())
-        return torch.stack(margins), torch.stack(sizes), labels.new_tensor(unstable), 0
+        error = Rounding.of(graph, box, roundings=self.roundings(box)).logit_pairs(labels)
+        return torch.stack(margins), torch.stack(sizes), error, labels.new_tensor(unstable), 0
 
     def working_set(self, device: torch.device) -> int:
         default = _CPU_WORKING_SET if device.type == "cpu" else _GPU_WORKING_SET
@@ -320,9 +342,11 @@ def _check(
         raise CertificationError(f"bounds are computed in float32 or float64, got {dtype}")
     if memory_bytes is not None and memory_bytes < 1 << 20:
         raise CertificationError(f"memory_bytes must be at least {1 << 20}, got {memory_bytes}")
-    whole = labels.shape == inputs.shape[:1] and not labels.is_floating_point() and labels.dtype != torch.bool
+    whole = labels.shape == inputs.shape[:1] and labels.dtype == torch.int64
     if inputs.shape[0] == 0 or not whole:
-        raise CertificationError(f"wanted 1 sample or more and one class each, got {tuple(labels.shape)} labels")
+        raise CertificationError(
+            f"wanted 1 sample or more and one class each (int64), got {tuple(labels.shape)} labels of {labels.dtype}"
+        )
     if int(labels.min()) < 0 or int(labels.max()) >= network.num_classes:
         raise CertificationError(f"labels must be from 0 to {network.num_classes - 1}")
     if not math.isfinite(eps):
