@@ -15,6 +15,7 @@ A file without `[arms]` is one run; a flat file of settings, as Flower's run con
                        default; `pretrain` and `arms.ARM` in it change those tables
     [pretrain]         settings of one more run, without attack, whose model all arms start from
     [paper.NAME]       figures to compare with: arm = [ACC, ASR] in percent, for that variant
+    [figure]           a paper's figure to draw from the arms (see `hawthorn.reproduce.figure`)
 
 An arm's table may also hold `label` (how it is shown), `extra = true` (left out unless asked for) and `paper` (the
 row of `[paper]` it is compared with, if not the one of its own name).
@@ -35,7 +36,7 @@ from hawthorn.grid import LABEL, Axis, Map, expand, read_axes, read_map
 from tasks.config import RunConfig
 from tasks.errors import ConfigError
 
-TABLES = ("settings", "arms", "grid", "map", "variants", "pretrain", "paper")
+TABLES = ("settings", "arms", "grid", "map", "variants", "pretrain", "paper", "figure")
 RESERVED = ("title", "about", *TABLES)
 # Settings of where and how a run is done; they do not touch its numbers.
 MACHINE = frozenset({"resume", "name", "runs_dir", "data_dir", "workers", "round_timeout", "startup_timeout"})

@@ -1,8 +1,9 @@
-"""`hawthorn reproduce NAME`: run a paper's table, and set our figures beside the paper's."""
+"""`hawthorn reproduce NAME`: run a paper's table, and set our numbers beside the paper's; or draw a paper's figure."""
 
 import dataclasses
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,9 +19,9 @@ console = Console(width=None if sys.stdout.isatty() else 160, markup=False, high
 
 
 def reproduce(
-    name: Annotated[str | None, typer.Argument(help="Which table, such as flip-table2.")] = None,
-    list_: Annotated[bool, typer.Option("--list", help="Show which tables there are, and their rows.")] = False,
-    dataset: Annotated[str | None, typer.Option(help="mnist, fashion_mnist or cifar10; default: the first.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Which table or figure, such as flip-table2 or crfl-fig2.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Show what there is, and its rows.")] = False,
+    dataset: Annotated[str | None, typer.Option(help="Which of its data sets; default: the first.")] = None,
     jobs: Annotated[int, typer.Option(help="Rows that run at a time; 0: one per core.")] = 0,
     rows: Annotated[str | None, typer.Option(help="Rows by name, with commas; all: the extra ones too.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Rounds of every row, in place of the paper's.")] = None,
@@ -32,7 +33,7 @@ def reproduce(
     show: Annotated[bool, typer.Option("--show", help="Run nothing: show what is finished.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Flower's log.")] = False,
 ) -> None:
-    """Run a paper's table: our figures beside the paper's, as table, CSV, Markdown, picture and page.
+    """Run a paper's table, our numbers beside the paper's, or its figure: as table, CSV, Markdown and picture.
 
     Finished rows are not run again; an interrupted call goes on where it stopped.
     """
@@ -48,13 +49,26 @@ def reproduce(
     study = read_study(name, overrides, dataset=dataset, rows=wanted, seeds=_seeds(seeds))
     console.print(study.first.title + (f"  [{study.first.variant}]" if study.first.variant else ""), style="bold")
     outcomes = {} if show else _run(study, jobs or os.cpu_count() or 1, fresh)
-    found = read_rows(study, outcomes)
-    console.print(result_table(study, found))
-    for kind, path in write_results(study, found).items():
+    if study.figure is None:
+        rows_found = read_rows(study, outcomes)
+        console.print(result_table(study, rows_found))
+        written = write_results(study, rows_found)
+    else:
+        written = _draw(study, outcomes)
+    for kind, path in written.items():
         console.print(f"{kind}: {path}", soft_wrap=True)
     if outcomes:
         arms = [dataclasses.replace(arm, label=label) for label, arm in _arms(study).items()]
         raise_failures(arms, outcomes)
+
+
+def _draw(study: Any, outcomes: dict[str, Any]) -> dict[str, Path]:
+    """Certify, or compare, the finished runs of a figure; print and write what comes of it."""
+    from hawthorn.reproduce.figure_results import figure_table, measure, write_figure
+
+    found = measure(study, outcomes, lambda text: console.print(text, soft_wrap=True))
+    console.print(figure_table(study, found))
+    return write_figure(study, found)
 
 
 def _arms(study: Any) -> dict[str, Arm]:
@@ -80,7 +94,8 @@ def _run(study: Any, jobs: int, fresh: bool) -> dict[str, Any]:
     for experiment in study.experiments:
         run_start(console, experiment, jobs=jobs)
     with display(console, arms) as events:
-        return run_arms(arms, jobs=jobs, how=How(keep=not fresh), events=events)
+        how = How(keep=not fresh, shared=study.figure is not None)  # figures share arms
+        return run_arms(arms, jobs=jobs, how=how, events=events)
 
 
 def _overrides(pairs: list[str], rounds: int | None, runs_dir: str | None, data_dir: str | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A reproduction: the rows of a paper's table, our figures and the paper's, over one or several seeds."""
+"""A reproduction: the rows of a paper's table, our numbers and the paper's, over one or several seeds; or a figure."""
 
 import dataclasses
 import math
@@ -10,6 +10,7 @@ from typing import Any
 
 from hawthorn.arms.perform import Outcome, earlier_run
 from hawthorn.experiment import Arm, Experiment, read_experiment, shipped_experiments
+from hawthorn.reproduce.figure import Figure, read_figure
 from server.record import RunRecord, read_run
 from tasks.errors import ConfigError
 
@@ -18,12 +19,13 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Study:
-    """A paper's table to run: one experiment per seed, equal but for the seed, and the rows that are asked for."""
+    """A paper's table or figure to run: an experiment per seed, equal but for the seed, and the rows asked for."""
 
     name: str
     experiments: list[Experiment]  # one per seed
     seeds: list[int]
     rows: list[str]  # labels of arms
+    figure: Figure | None = None  # where a figure is drawn in place of a table
 
     @property
     def first(self) -> Experiment:
@@ -72,12 +74,15 @@ class Row:
 
 
 def shipped_studies() -> dict[str, Path]:
-    """Return the shipped experiments that hold a paper's figures: name as ``flip-table2`` -> file."""
-    found = {}
+    """Return the shipped experiments that are of a paper, tables first: name as ``flip-table2`` -> file."""
+    tables, figures = {}, {}
     for name, path in shipped_experiments().items():
-        if "paper" in tomllib.loads(path.read_text()):
-            found[name.replace("/", "-")] = path
-    return found
+        content = tomllib.loads(path.read_text())
+        if "paper" in content:
+            tables[name.replace("/", "-")] = path
+        elif "figure" in content:
+            figures[name.replace("/", "-")] = path
+    return {**tables, **figures}
 
 
 def read_study(
@@ -96,7 +101,8 @@ def read_study(
     ]
     if experiments[0].axes:
         raise ConfigError(f"{path} is a grid; run it with: hawthorn run {name}")
-    return Study(name, experiments, list(seeds), _chosen(experiments[0].arms, rows))
+    chosen = _chosen(experiments[0].arms, rows)
+    return Study(name, experiments, list(seeds), chosen, read_figure(path, experiments[0]))
 
 
 def _chosen(arms: Iterable[Arm], rows: Sequence[str]) -> list[str]:

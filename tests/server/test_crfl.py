@@ -130,6 +130,14 @@ def test_the_record_against_a_computation_by_hand(crfl):
     assert (record.rule, record.momentum, record.weight_decay, record.server_optimizer) == ("mean()", 0, 0, "none")
 
 
+def test_an_attack_in_the_first_round_starts_from_the_initial_model(crfl):
+    run(crfl.replace(num_rounds=1, attack_schedule="single_shot(rounds=(1,))"))
+    record = TrainingRecord.load(crfl.run_folder / "crfl.json")
+    initial = float(load(crfl).initial_vector().double().norm())
+    assert initial <= record.start_norm == pytest.approx(initial)
+    assert (record.attack_round, record.num_rounds, record.noise(1)) == (1, 1, 0.01)
+
+
 @pytest.mark.parametrize(
     ("number", "text"),
     [
