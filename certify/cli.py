@@ -207,6 +207,9 @@ def verify(
     model_file: Annotated[Path | None, typer.Option(help="The model's file, where it has been moved.")] = None,
     architecture: Architecture = None,
     record: Annotated[Path | None, typer.Option(help="The run's training record, where it has been moved.")] = None,
+    allow_unrecorded: Annotated[
+        bool, typer.Option("--allow-unrecorded", help="Verify CRFL certificates without the run's training record.")
+    ] = False,
     data_dir: DataDir = None,
     device: Device = "cpu",
 ) -> None:
@@ -223,7 +226,7 @@ def verify(
     with _progress("verifying") as tell:
         verdict = verify_file(
             read_file, sample=sample, seed=seed, model_file=model_file, architecture=architecture, record_file=record,
-            data_dir=data_dir, device=_device(device), on_progress=tell,
+            data_dir=data_dir, device=_device(device), on_progress=tell, allow_unrecorded=allow_unrecorded,
         )  # fmt: skip
     for note in verdict.notes:
         console.print(f"note: {note}", style="yellow", soft_wrap=True)

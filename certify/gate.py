@@ -5,15 +5,19 @@ candidate is evaluated on held-out data; it is accepted if every accuracy (norma
 radius) is at least 0.9 times that of the prior round and the mean certifiable loss at each radius "has varied by a
 maximum of 10%"; otherwise the round is skipped and the old model stays.
 
-`paper` is that rule. Where the paper is silent: the prior round is the last accepted one (a skipped round changes
-nothing), the first candidate has no baseline and is accepted, both comparisons are inclusive, and NaN or infinity in
-any metric rejects, as no comparison holds for it.
+`paper` is that rule and judges what it names: probes that were measured do not count. Where the paper is silent: the
+prior round is the last accepted one (a skipped round changes nothing), the first candidate has no baseline and is
+accepted, both comparisons are inclusive, and NaN or infinity in any metric rejects, as no comparison holds for it.
 
 `hardened` deviates where the paper's rule can be walked around or punishes progress:
 
 - the loss may fall freely and may rise by 10% plus a floor (a loss near zero would otherwise freeze the model);
-- 0.9 per round allows 0.9^k over k rounds, so every accuracy is also held against the best accepted one;
-- the first `warmup_rounds` accepted models are not compared, as early training moves every metric;
+- 0.9 per round allows 0.9^k over k rounds, so every accuracy, loss and relative margin is also held against the best
+  accepted one;
+- the first `warmup_rounds` accepted models are not compared, as early training moves every metric, and the warm-up
+  goes on until a model has reached `accuracy_floor` in every accuracy that is not certified: a worse one never becomes
+  what later ones are held against, and after one that reached the floor none below it is accepted;
+- a candidate measured without a radius, or without the probes, is rejected: what is not looked at is not gated;
 - accuracies under PGD on the margin loss and on logits divided by a temperature are gated as well, and cross-entropy
   PGD may not look better than either by more than `max_masking_gap`: that is what distillation does to gradients;
 - the mean certifiable loss scales with the logits; the relative margin (upper bound over the clean margin) does not.
@@ -26,8 +30,10 @@ from typing import Any
 
 from tasks.errors import CertificationError, ConfigError
 
+_PROBES = ("margin-loss PGD accuracy", "temperature PGD accuracy")
 # A metric exactly at its limit passes, so the product's rounding must not decide.
 _ULPS = 8 * 2.0**-52
+MAX_WARMUP = 1000  # accepted models; more would be a gate that never closes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +79,13 @@ class GateMetrics:
         for bound in self.bounds:
             yield f"certified accuracy at {bound.eps:g}", bound.certified_accuracy
 
+    def missing(self) -> list[str]:
+        """Return what a hardened policy wants measured and was not."""
+        probes = {"margin-loss PGD": self.margin_pgd_accuracy, "temperature PGD": self.temperature_pgd_accuracy}
+        probes |= {f"relative margin at {bound.eps:g}": bound.relative_margin for bound in self.bounds}
+        radius = [] if any(bound.eps > 0 for bound in self.bounds) else ["bounds at a radius above 0"]
+        return radius + [name for name, value in probes.items() if value is None]
+
     def losses(self) -> Iterator[tuple[str, float]]:
         """Yield name and value of the mean certifiable loss at every radius."""
         for bound in self.bounds:
@@ -95,7 +108,7 @@ class GateMetrics:
 class GateState:
     """What earlier rounds left: metrics of the last accepted model, the best of every metric, how many were accepted.
 
-    `best` counts from the last model of the warm-up on; None until then.
+    `best` counts from the model that ends the warm-up on; None until then.
     """
 
     last_accepted: GateMetrics | None = None
@@ -113,6 +126,13 @@ class GateState:
                 raise CertificationError(f"no gate accepts a model with NaN or infinity, the state has it in {odd[0]}")
 
 
+def _setting(value: object) -> bool:
+    """True for a number from 0, infinity included; for no integer that a float cannot hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return value >= 0 and (isinstance(value, float) or value <= 2**53)  # NaN is not
+
+
 @dataclass(frozen=True, kw_only=True)
 class Policy:
     """How much a candidate may be worse than the last accepted model; make one with `policy`."""
@@ -123,22 +143,26 @@ class Policy:
     loss_floor: float = 0.0  # added to what the loss may change
     two_sided: bool = True  # a falling loss counts as a change, too
     warmup_rounds: int = 0  # accepted models before the first comparison
+    accuracy_floor: float = 0.0  # of every accuracy that is not certified; the warm-up lasts until it is reached
+    probes: bool = False  # whether the probes and a radius must be measured and the probes' accuracies count
     anchor_share: float = 0.0  # of the best accepted accuracy
+    anchor_loss_share: float = math.inf  # by how much the loss may exceed the least accepted one, as a share of it
+    anchor_loss_floor: float = 0.0  # added to that
+    anchor_margin_slack: float = math.inf  # as margin_slack, against the least accepted relative margin
     max_masking_gap: float = math.inf  # by how much cross-entropy PGD may look better than the probes
     margin_slack: float = math.inf  # by how much the relative margin may rise, absolute or as a share, the larger
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type is float and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
-                raise ConfigError(f"{field.name} of a gate policy must be a number from 0, got {value!r}")
-            if field.type is float and math.isnan(value):
-                raise ConfigError(f"{field.name} of a gate policy must not be NaN")
-        if type(self.two_sided) is not bool:
-            raise ConfigError(f"two_sided of a gate policy must be True or False, got {self.two_sided!r}")
-        if type(self.warmup_rounds) is not int or self.warmup_rounds < 0:
-            raise ConfigError(f"warmup_rounds of a gate policy must be a whole number, got {self.warmup_rounds!r}")
-        for name in ("accuracy_share", "anchor_share"):
+            if field.type is float and not _setting(value):
+                raise ConfigError(f"{field.name} of a gate policy must be a number from 0, got {value!r:.60}")
+            if field.type is bool and type(value) is not bool:
+                raise ConfigError(f"{field.name} of a gate policy must be True or False, got {value!r:.60}")
+        if type(self.warmup_rounds) is not int or not 0 <= self.warmup_rounds <= MAX_WARMUP:
+            wanted = f"a whole number from 0 to {MAX_WARMUP}"
+            raise ConfigError(f"warmup_rounds of a gate policy must be {wanted}, got {self.warmup_rounds!r:.60}")
+        for name in ("accuracy_share", "anchor_share", "accuracy_floor"):
             if getattr(self, name) > 1:
                 raise ConfigError(f"{name} of a gate policy must be from 0 to 1, got {getattr(self, name)!r}")
 
@@ -149,7 +173,12 @@ HARDENED = Policy(
     loss_floor=0.01,
     two_sided=False,
     warmup_rounds=2,
+    accuracy_floor=0.3,
+    probes=True,
     anchor_share=0.8,
+    anchor_loss_share=0.5,
+    anchor_loss_floor=0.05,
+    anchor_margin_slack=0.5,
     max_masking_gap=0.1,
     margin_slack=0.25,
 )
@@ -181,19 +210,21 @@ def decide(metrics: GateMetrics, state: GateState, policy: Policy) -> GateDecisi
     """Return the decision on a candidate with `metrics` after `state`; the old state stays where it is rejected."""
     notes: list[str] = []
     reasons = [f"{name} is {value}, not a finite number" for name, value in metrics.everything() if _odd(value)]
+    if policy.probes and (missing := metrics.missing()):
+        reasons.append(f"not measured: {', '.join(missing)}; {policy.name} decides on nothing less")
     reasons += _masking(metrics, policy)
     prior = state.last_accepted
     if prior is not None:
         _comparable(metrics, prior)
     if state.best is not None:
         _comparable(metrics, state.best)
-    if prior is None:
-        notes.append("no model was accepted before: nothing to compare with")
-    elif state.num_accepted < policy.warmup_rounds:
-        notes.append(f"warm-up: {state.num_accepted} of {policy.warmup_rounds} models accepted, not compared")
+    notes += _blind(metrics, policy)
+    if prior is None or _in_warmup(state, policy):
+        notes += _uncompared(metrics, state, policy)
+        reasons += _fallen(metrics, prior, policy)
     else:
         reasons += _worse_than_prior(metrics, prior, policy)
-        notes += _uninformative(metrics, prior)
+        notes += _uninformative(prior, policy)
         if state.best is not None:
             reasons += _below_anchor(metrics, state.best, policy)
     accepted = not reasons
@@ -203,6 +234,65 @@ def decide(metrics: GateMetrics, state: GateState, policy: Policy) -> GateDecisi
 
 def _odd(value: float) -> bool:
     return not math.isfinite(value)
+
+
+def _in_warmup(state: GateState, policy: Policy) -> bool:
+    return state.num_accepted < policy.warmup_rounds or (policy.accuracy_floor > 0 and state.best is None)
+
+
+def _judged(metrics: GateMetrics, policy: Policy) -> list[tuple[str, float]]:
+    """Return the accuracies that count."""
+    return [pair for pair in metrics.accuracies() if policy.probes or pair[0] not in _PROBES]
+
+
+def _low(metrics: GateMetrics, policy: Policy) -> list[tuple[str, float]]:
+    """Return the accuracies below the floor; certified ones may be 0 for long, at large radii for ever."""
+    found = [pair for pair in _judged(metrics, policy) if not pair[0].startswith("certified")]
+    return [(name, value) for name, value in found if not value >= policy.accuracy_floor - _ULPS]
+
+
+def _uncompared(metrics: GateMetrics, state: GateState, policy: Policy) -> list[str]:
+    """Return why a candidate is not compared, and why it will not be what others are held against."""
+    notes = []
+    if state.last_accepted is None:
+        notes.append("no model was accepted before: nothing to compare with")
+    elif state.num_accepted < policy.warmup_rounds:
+        notes.append(f"warm-up: {state.num_accepted} of {policy.warmup_rounds} models accepted, not compared")
+    else:
+        notes.append(f"warm-up: no accepted model reached {policy.accuracy_floor:g} yet, not compared")
+    low = ", ".join(f"{name} {value:g}" for name, value in _low(metrics, policy))
+    if low:
+        notes.append(f"warm-up goes on: {low} below the floor {policy.accuracy_floor:g}, no anchor for later models")
+    return notes
+
+
+def _fallen(metrics: GateMetrics, prior: GateMetrics | None, policy: Policy) -> list[str]:
+    """Return a reason for every accuracy below the floor where the last accepted model had reached it."""
+    if prior is None or _low(prior, policy):
+        return []
+    return [
+        f"warm-up: {name} {value:g} is below the floor {policy.accuracy_floor:g}, which the last accepted had reached"
+        for name, value in _low(metrics, policy)
+    ]
+
+
+def _blind(metrics: GateMetrics, policy: Policy) -> list[str]:
+    """Return notes on what the policy cannot see of a candidate."""
+    notes = []
+    if not metrics.bounds:
+        notes.append("uninformative: no radius was measured, so nothing certified is judged")
+    for bound in metrics.bounds:
+        if bound.certified_accuracy == 0:
+            notes.append(
+                f"uninformative: nothing is certified at {bound.eps:g}; the mean loss alone is judged there, "
+                "which scales with the logits"
+            )
+    probed = [name for name, _ in metrics.accuracies() if name in _PROBES]
+    if probed and not policy.probes:
+        notes.append(f"not judged by {policy.name}: {', '.join(probed)}")
+    elif not probed:
+        notes.append("no probe was measured: masked gradients, which flatter the PGD accuracy, cannot be seen")
+    return notes
 
 
 def _masking(metrics: GateMetrics, policy: Policy) -> list[str]:
@@ -228,7 +318,7 @@ def _comparable(metrics: GateMetrics, other: GateMetrics) -> None:
 
 def _worse_than_prior(metrics: GateMetrics, prior: GateMetrics, policy: Policy) -> list[str]:
     reasons = []
-    for (name, now), (_, before) in zip(metrics.accuracies(), prior.accuracies(), strict=True):
+    for (name, now), (_, before) in zip(_judged(metrics, policy), _judged(prior, policy), strict=True):
         if not now >= policy.accuracy_share * before - _ULPS:
             reasons.append(f"{name} {now:g} is below {policy.accuracy_share:g} of the last accepted {before:g}")
     for (name, now), (_, before) in zip(metrics.losses(), prior.losses(), strict=True):
@@ -237,34 +327,56 @@ def _worse_than_prior(metrics: GateMetrics, prior: GateMetrics, policy: Policy) 
             change = "changed" if policy.two_sided else "rose"
             reasons.append(f"{name} {change} from {before:g} to {now:g}, by more than {allowed:g}")
     for (name, now), (_, before) in zip(metrics.relative_margins(), prior.relative_margins(), strict=True):
-        slack = policy.margin_slack * max(1.0, abs(before)) if math.isfinite(policy.margin_slack) else math.inf
+        slack = policy.margin_slack * max(1.0, abs(before))
         if not now - before <= slack + _ULPS:
             reasons.append(f"{name} rose from {before:g} to {now:g}, by more than {slack:g}")
     return reasons
 
 
 def _below_anchor(metrics: GateMetrics, best: GateMetrics, policy: Policy) -> list[str]:
-    """Return a reason for every accuracy that many allowed steps have led too far below the best accepted one."""
-    return [
+    """Return a reason for every metric that many allowed steps have led too far from the best accepted one."""
+    reasons = [
         f"drift: {name} {now:g} is below {policy.anchor_share:g} of the best accepted {before:g}"
-        for (name, now), (_, before) in zip(metrics.accuracies(), best.accuracies(), strict=True)
+        for (name, now), (_, before) in zip(_judged(metrics, policy), _judged(best, policy), strict=True)
         if not now >= policy.anchor_share * before - _ULPS
     ]
+    losses = [
+        (name, now, before, policy.anchor_loss_share * before + policy.anchor_loss_floor)
+        for (name, now), (_, before) in zip(metrics.losses(), best.losses(), strict=True)
+        if math.isfinite(policy.anchor_loss_share)
+    ]
+    margins = [
+        (name, now, before, policy.anchor_margin_slack * max(1.0, abs(before)))
+        for (name, now), (_, before) in zip(metrics.relative_margins(), best.relative_margins(), strict=True)
+    ]
+    return reasons + [
+        f"drift: {name} {now:g} is above the least accepted {before:g} by more than {allowed:g}"
+        for name, now, before, allowed in (*losses, *margins)
+        if not now - before <= allowed * (1 + _ULPS) + abs(before) * _ULPS
+    ]
 
 
-def _uninformative(metrics: GateMetrics, prior: GateMetrics) -> list[str]:
-    return [
+def _uninformative(prior: GateMetrics, policy: Policy) -> list[str]:
+    """Return notes on metrics of the last accepted model that bind nothing, or everything."""
+    notes = [
         f"uninformative: {name} of the last accepted model is 0, so any value passes"
-        for (name, before) in prior.accuracies()
+        for (name, before) in _judged(prior, policy)
         if before == 0
     ]
+    if policy.two_sided and policy.loss_floor == 0:
+        notes += [
+            f"uninformative: {name} of the last accepted model is 0, so any other value is rejected"
+            for name, before in prior.losses()
+            if before == 0
+        ]
+    return notes
 
 
 def _accept(metrics: GateMetrics, state: GateState, policy: Policy) -> GateState:
-    """Return the state after acceptance; the best of every metric counts from the end of the warm-up."""
+    """Return the state after acceptance; the best of every metric counts from the model that ends the warm-up."""
     accepted = state.num_accepted + 1
     best = state.best
-    if accepted >= policy.warmup_rounds:
+    if best is not None or (accepted >= policy.warmup_rounds and not _low(metrics, policy)):
         best = metrics if best is None else _best_of(best, metrics)
     return GateState(last_accepted=metrics, best=best, num_accepted=accepted)
 

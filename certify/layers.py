@@ -21,16 +21,20 @@ Tensors = Mapping[str, Tensor]
 
 MAX_LAYERS = 2000
 MAX_DEPTH = 16  # of residual blocks within residual blocks
-MAX_ACTIVATIONS = 2**26  # numbers between two layers, of one sample
-MAX_OPERATIONS = 10**11  # multiplications of one sample in one layer
-MAX_NUMBER = 2**20  # of any stride, kernel or padding
+MAX_ACTIVATIONS = 2**22  # numbers of one sample between two layers, zeros of a padding included
+MAX_KEPT = 2**27  # numbers of one sample between all layers together
+MAX_OPERATIONS = 10**11  # multiplications and additions of one sample in all layers together
+MAX_NUMBER = 2**12  # of any stride, kernel, dilation or padding
 
 CONSTANTS = {"running_mean", "running_var"}  # roles of tensors that no gradient trains
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One layer: its kind, its numbers, the names of its tensors by role, and the shapes (without batch) around it."""
+    """One layer: its kind, its numbers, the names of its tensors by role, and the shapes (without batch) around it.
+
+    `operations` are the multiplications and additions that one sample takes in it, what is inside it included.
+    """
 
     kind: str
     input_shape: Shape
@@ -39,6 +43,7 @@ class Layer:
     names: Mapping[str, str] = field(default_factory=dict)  # role -> name of the tensor
     body: tuple["Layer", ...] = ()
     shortcut: tuple["Layer", ...] = ()
+    operations: int = 0
 
     def describe(self) -> dict[str, Any]:
         """Return the layer as JSON: what `read_layers` reads."""
@@ -52,6 +57,21 @@ class Layer:
     def tensor(self, tensors: Tensors, role: str) -> Tensor | None:
         """Return the tensor of `role`, None where the layer has none."""
         return tensors[self.names[role]] if role in self.names else None
+
+    @property
+    def numbers(self) -> int:
+        """Numbers of one sample that the layer fills: its output, and its input with the zeros around it."""
+        padding = self.options.get("padding", (0, 0))
+        padded = 0
+        if padding != (0, 0):
+            channels, height, width = self.input_shape
+            padded = channels * (height + 2 * padding[0]) * (width + 2 * padding[1])
+        return max(math.prod(self.output_shape), padded)
+
+    @property
+    def inside(self) -> list["Layer"]:
+        """The layer itself and all inside it."""
+        return [self, *(inner for layer in (*self.body, *self.shortcut) for inner in layer.inside)]
 
     @property
     def roles(self) -> list[tuple[str, str]]:
@@ -84,12 +104,20 @@ def scale_and_shift(layer: Layer, tensors: Tensors, like: Tensor) -> tuple[Tenso
 
 def read_layers(specs: object, input_shape: Shape, shapes: Mapping[str, Shape]) -> tuple[Layer, ...]:
     """Return the layers that `specs` (a list of dicts) describes for inputs of `input_shape`; raises on any fault."""
-    count = [0]
-    return _read_list(specs, input_shape, shapes, 0, count)
+    return _read_list(specs, input_shape, shapes, 0, _Budget())
+
+
+@dataclass
+class _Budget:
+    """What all layers read so far take together."""
+
+    layers: int = 0
+    kept: int = 0
+    operations: int = 0
 
 
 def _read_list(
-    specs: object, shape: Shape, shapes: Mapping[str, Shape], depth: int, count: list[int]
+    specs: object, shape: Shape, shapes: Mapping[str, Shape], depth: int, budget: _Budget
 ) -> tuple[Layer, ...]:
     if not isinstance(specs, list | tuple):
         raise CertificationError(f"an architecture is a list of layers, got {type(specs).__name__}")
@@ -97,39 +125,43 @@ def _read_list(
         raise CertificationError(f"residual blocks may be nested {MAX_DEPTH} deep, got more")
     layers = []
     for spec in specs:
-        count[0] += 1
-        if count[0] > MAX_LAYERS:
+        budget.layers += 1
+        if budget.layers > MAX_LAYERS:
             raise CertificationError(f"an architecture may have {MAX_LAYERS} layers, got more")
-        reader = _Reader(spec, shape, shapes, count[0])
-        layer = _read_residual(reader, depth, count) if reader.kind == "residual" else reader.finish()
+        reader = _Reader(spec, shape, shapes, budget)
+        layer = _read_residual(reader, depth, budget) if reader.kind == "residual" else reader.finish()
         layers.append(layer)
         shape = layer.output_shape
     return tuple(layers)
 
 
-def _read_residual(reader: "_Reader", depth: int, count: list[int]) -> Layer:
+def _read_residual(reader: "_Reader", depth: int, budget: _Budget) -> Layer:
     body, shortcut = (
-        _read_list(reader.take(name), reader.shape, reader.shapes, depth + 1, count) for name in ("body", "shortcut")
+        _read_list(reader.take(name), reader.shape, reader.shapes, depth + 1, budget) for name in ("body", "shortcut")
     )
     reader.nothing_left()
     outputs = [branch[-1].output_shape if branch else reader.shape for branch in (body, shortcut)]
     if outputs[0] != outputs[1]:
         reader.fail(f"both branches must end in one shape, body has {outputs[0]}, shortcut {outputs[1]}")
-    return Layer("residual", reader.shape, outputs[0], body=body, shortcut=shortcut)
+    reader.spend(outputs[0])
+    inside = sum(layer.operations for layer in (*body, *shortcut)) + reader.operations
+    return Layer("residual", reader.shape, outputs[0], body=body, shortcut=shortcut, operations=inside)
 
 
 class _Reader:
     """Takes the entries of one described layer one by one, checking each."""
 
-    def __init__(self, spec: object, shape: Shape, shapes: Mapping[str, Shape], number: int) -> None:
-        self.number, self.shape, self.shapes = number, shape, shapes
+    def __init__(self, spec: object, shape: Shape, shapes: Mapping[str, Shape], budget: _Budget) -> None:
+        self.number, self.shape, self.shapes, self.budget = budget.layers, shape, shapes, budget
         self.kind = "?"
+        self.terms = 1  # operations per number of the output
+        self.operations = 0
         if not isinstance(spec, dict):
             self.fail(f"a layer is a dict with a kind, got {type(spec).__name__}")
         self.left: dict[Any, Any] = dict(spec)
         kind = self.left.pop("kind", None)
         if not isinstance(kind, str) or kind not in _KINDS:
-            self.fail(f"unknown kind {str(kind)[:40]!r}; there are: {', '.join(_KINDS)}")
+            self.fail(f"unknown kind {_shown(kind)!r:.40}; there are: {', '.join(_KINDS)}")
         self.kind = kind
         self.options: dict[str, Any] = {}
         self.names: dict[str, str] = {}
@@ -149,9 +181,23 @@ class _Reader:
         self.nothing_left()
         if not all(size >= 1 for size in output):
             self.fail(f"inputs of shape {self.shape} are too small")
-        if math.prod(output) > MAX_ACTIVATIONS:
-            self.fail(f"an output may have {MAX_ACTIVATIONS} numbers, got shape {output}")
-        return Layer(self.kind, self.shape, output, self.options, self.names)
+        self.spend(output)
+        return Layer(self.kind, self.shape, output, self.options, self.names, operations=self.operations)
+
+    def spend(self, output: Shape) -> None:
+        """Count what an output takes; fails where it, or all layers together, would take too much."""
+        self.numbers_fit(output, "an output")
+        self.operations = math.prod(output) * self.terms
+        self.budget.kept += math.prod(output)
+        self.budget.operations += self.operations
+        if self.budget.kept > MAX_KEPT:
+            self.fail(f"all outputs together may have {MAX_KEPT} numbers per sample, up to here there are more")
+        if self.budget.operations > MAX_OPERATIONS:
+            self.fail(f"a network may take {MAX_OPERATIONS} multiplications per sample, up to here it takes more")
+
+    def numbers_fit(self, shape: Shape, what: str) -> None:
+        if math.prod(shape) > MAX_ACTIVATIONS:
+            self.fail(f"{what} may have {MAX_ACTIVATIONS} numbers, got shape {shape}")
 
     def name(self, role: str, shape: Shape | None, required: bool = True) -> Shape | None:
         """Read the tensor name of a role and return its shape, which must be `shape` where that is given."""
@@ -159,7 +205,7 @@ class _Reader:
         if name is None and not required:
             return None
         if not isinstance(name, str) or name not in self.shapes:
-            self.fail(f"{role} must name a tensor, got {str(name)[:80]!r}; there are {len(self.shapes)}")
+            self.fail(f"{role} must name a tensor, got {_shown(name)!r:.80}; there are {len(self.shapes)}")
         if shape is not None and self.shapes[name] != shape:
             self.fail(f"{role} {name[:80]!r} must have shape {shape}, got {self.shapes[name]}")
         self.names[role] = name
@@ -171,7 +217,7 @@ class _Reader:
         pair = [value, value] if isinstance(value, int) else value
         good = isinstance(pair, list | tuple) and len(pair) == 2
         if not good or not all(type(v) is int and least <= v <= MAX_NUMBER for v in pair):
-            self.fail(f"{key} must be one or two whole numbers from {least} to {MAX_NUMBER}, got {str(value)[:60]}")
+            self.fail(f"{key} must be one or two whole numbers from {least} to {MAX_NUMBER}, got {_shown(value):.60}")
         self.options[key] = (pair[0], pair[1])
         return self.options[key]
 
@@ -179,7 +225,7 @@ class _Reader:
         """Read a list of `length` finite numbers."""
         value = self.take(key)
         if not isinstance(value, list | tuple) or len(value) != length or not all(map(_is_number, value)):
-            self.fail(f"{key} must be {length} finite numbers, got {str(value)[:60]}")
+            self.fail(f"{key} must be {length} finite numbers, got {_shown(value):.60}")
         self.options[key] = tuple(float(v) for v in value)
         return self.options[key]
 
@@ -190,13 +236,24 @@ class _Reader:
 
     def windows(self, kernel: Shape, stride: Shape, padding: Shape, dilation: Shape) -> list[int]:
         """Return height and width after sliding a window over the image."""
-        _, *sizes = self.image()
+        channels, *sizes = self.image()
+        self.numbers_fit((channels, *(n + 2 * p for n, p in zip(sizes, padding, strict=True))), "a padded image")
         reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
         return [(n + 2 * p - r) // s + 1 for n, p, r, s in zip(sizes, padding, reach, stride, strict=True)]
 
 
+def _shown(value: object) -> str:
+    """Return a foreign value as text; the text of an integer of thousands of digits is refused by Python."""
+    try:
+        return str(value)
+    except ValueError:
+        return "an integer of thousands of digits"
+
+
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) <= 2**53  # no float holds 10**400
 
 
 def _read_linear(reader: _Reader) -> Shape:
@@ -206,6 +263,7 @@ def _read_linear(reader: _Reader) -> Shape:
     if weight is None or len(weight) != 2 or weight[1] != reader.shape[0]:
         reader.fail(f"weight must have shape (outputs, {reader.shape[0]}), got {weight}")
     reader.name("bias", (weight[0],), required=False)
+    reader.terms = weight[1]
     return (weight[0],)
 
 
@@ -214,17 +272,15 @@ def _read_conv2d(reader: _Reader) -> Shape:
     weight = reader.name("weight", None)
     groups = reader.take("groups", 1)
     if type(groups) is not int or groups < 1 or channels % groups:
-        reader.fail(f"groups must divide the {channels} channels, got {str(groups)[:40]}")
-    if weight is None or len(weight) != 4 or weight[1] * groups != channels or weight[0] % groups or not weight[0]:
+        reader.fail(f"groups must divide the {channels} channels, got {_shown(groups):.40}")
+    if weight is None or len(weight) != 4 or weight[1] * groups != channels or weight[0] % groups or 0 in weight:
         wanted = f"(outputs, {channels // groups}, height, width)"
         reader.fail(f"weight must be {wanted}, its outputs divided by {groups} groups, got {weight}")
     reader.name("bias", (weight[0],), required=False)
     stride, padding, dilation = reader.pair("stride", 1, 1), reader.pair("padding", 0, 0), reader.pair("dilation", 1, 1)
     reader.options["groups"] = groups
-    output = (weight[0], *reader.windows(weight[2:], stride, padding, dilation))
-    if min(output) > 0 and math.prod(output) * math.prod(weight[1:]) > MAX_OPERATIONS:
-        reader.fail(f"a layer may take {MAX_OPERATIONS} multiplications per sample, this one takes more")
-    return output
+    reader.terms = math.prod(weight[1:])
+    return (weight[0], *reader.windows(weight[2:], stride, padding, dilation))
 
 
 def _read_pool(reader: _Reader) -> Shape:
@@ -234,10 +290,8 @@ def _read_pool(reader: _Reader) -> Shape:
     padding = reader.pair("padding", 0, 0)
     if any(2 * p > k for p, k in zip(padding, kernel, strict=True)):
         reader.fail(f"padding may be half the kernel {kernel}, got {padding}")
-    output = (channels, *reader.windows(kernel, stride, padding, (1, 1)))
-    if min(output) > 0 and math.prod(output) * math.prod(kernel) > MAX_OPERATIONS:
-        reader.fail(f"a layer may take {MAX_OPERATIONS} operations per sample, this one takes more")
-    return output
+    reader.terms = math.prod(kernel)
+    return (channels, *reader.windows(kernel, stride, padding, (1, 1)))
 
 
 def _read_adaptive(reader: _Reader) -> Shape:
@@ -245,6 +299,7 @@ def _read_adaptive(reader: _Reader) -> Shape:
     output = reader.pair("output", None, 1)
     if height % output[0] or width % output[1]:
         reader.fail(f"output {output} must divide the input's {height}x{width}")
+    reader.terms = (height // output[0]) * (width // output[1])
     return channels, *output
 
 
@@ -266,7 +321,7 @@ def _read_batch_norm(reader: _Reader) -> Shape:
         reader.name(role, reader.shape[:1], required)
     eps = reader.take("eps", 1e-5)
     if not _is_number(eps) or not 0 < eps <= 1:
-        reader.fail(f"eps must be above 0 and at most 1, got {str(eps)[:40]}")
+        reader.fail(f"eps must be above 0 and at most 1, got {_shown(eps):.40}")
     reader.options["eps"] = float(eps)
     return reader.shape
 

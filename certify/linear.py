@@ -25,6 +25,7 @@ from certify.network import Network
 from tasks.errors import CertificationError
 
 _UNIT = float(np.finfo(np.float64).eps) / 2
+_TINY = float(np.finfo(np.float64).tiny)
 SQRT2_UPPER = math.nextafter(math.sqrt(2.0), 2.0)
 
 
@@ -75,24 +76,29 @@ class LinearModel:
         logits = design @ self.weight.T
         if self.bias is not None:
             logits += self.bias
-        return logits, self._roundings * self.norm_upper(design)[:, None]
+        # the absolute part: products and sums below the normal numbers, each off by less than the smallest of them
+        return logits, self._roundings * self.norm_upper(design)[:, None] + 2 * (self.num_features + 2) * _TINY
 
     @cached_property
     def _roundings(self) -> Floats:
-        """Per class, a bound of the rounding error by ||x~||: gamma_n sum |w_j x_j|, by Cauchy and Schwarz."""
-        terms = (self.num_features + 2) * _UNIT
-        squares = np.square(self.weight).sum(axis=1) + (0.0 if self.bias is None else np.square(self.bias))
-        return np.sqrt(squares) * (1.01 * terms / (1 - terms))
+        """Per class, a bound of the rounding error by ||x~||: gamma_n sum |w_j x_j|, by Cauchy and Schwarz.
+
+        n counts a logit's products and sums, and the subtractions that make a margin of it.
+        """
+        terms = (self.num_features + 4) * _UNIT
+        rows = self.weight if self.bias is None else np.column_stack([self.weight, self.bias])
+        return _row_norms_upper(rows) * (1.01 * terms / (1 - terms))
 
     def norm_upper(self, design: Floats) -> Floats:
         """Return ||x~|| per point, rounded up."""
-        squares = np.einsum("nd,nd->n", design, design) + (0.0 if self.bias is None else 1.0)
-        return np.sqrt(squares) * (1 + (self.num_features + 4) * _UNIT)
+        norms = _row_norms_upper(design)
+        return norms if self.bias is None else np.hypot(norms, 1.0) * (1 + 4 * _UNIT)
 
     def shifts_lower(self, inputs: Any) -> tuple[NDArray[np.int64], Floats]:
         """Return per point the label and the l2 distance in parameters to another label, rounded down.
 
-        No change of (W, b) shorter than that distance changes the label; without one it is ABSTAINED and 0.
+        No change of (W, b) shorter than that distance changes the label; without one it is ABSTAINED and 0, as for an
+        input of zeros without bias, whose logits tie in every model.
         """
         design = self.design(inputs)
         logits, errors = self.logits(design)
@@ -100,8 +106,23 @@ class LinearModel:
         top = logits.argmax(axis=1)
         margins = (logits[rows, top] - errors[rows, top])[:, None] - logits - errors
         margins[rows, top] = np.inf
-        shift = margins.min(axis=1) / (SQRT2_UPPER * self.norm_upper(design)) * (1 - 8 * _UNIT)
-        return np.where(shift > 0, top, ABSTAINED).astype(np.int64), np.maximum(shift, 0.0)
+        least, norms = margins.min(axis=1), self.norm_upper(design)
+        sure = (least > 0) & (norms > 0) & np.isfinite(norms)  # NaN, from logits beyond float64, is not
+        with np.errstate(over="ignore"):
+            shift = np.where(sure, least, 0.0) / np.where(sure, SQRT2_UPPER * norms, 1.0) * (1 - 8 * _UNIT)
+        shift = np.nextafter(np.nan_to_num(shift, posinf=np.finfo(np.float64).max), 0.0)
+        return np.where(shift > 0, top, ABSTAINED).astype(np.int64), shift
+
+
+def _row_norms_upper(rows: Floats) -> Floats:
+    """Return the l2 norm of each row, rounded up; 0 for a row of zeros alone, and no square under- or overflows."""
+    peaks = np.abs(rows).max(axis=1)
+    if ((peaks > 1e-140) & (peaks < 1e140) | (peaks == 0)).all():
+        return np.sqrt(np.einsum("nd,nd->n", rows, rows)) * (1 + (rows.shape[1] + 4) * _UNIT)
+    scaled = rows / np.where(peaks > 0, peaks, 1.0)[:, None]
+    with np.errstate(over="ignore"):
+        norms = np.sqrt(np.einsum("nd,nd->n", scaled, scaled)) * (1 + (rows.shape[1] + 8) * _UNIT) * peaks
+    return np.where(peaks > 0, np.nextafter(norms, np.inf), 0.0)
 
 
 def lifted_norm_upper(data_norm: float, bias: bool) -> float:

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from certify.layers import CONSTANTS, Layer, Shape, read_layers, run, scale_and_shift
+from certify.layers import CONSTANTS, MAX_ACTIVATIONS, Layer, Shape, read_layers, run, scale_and_shift
 from certify.modules import describe_module
+from certify.precision import exact_arithmetic
 from tasks.errors import CertificationError
 from tasks.params import Layout
 
 MAX_PARAMS = 2**30
-MAX_INPUT = 2**24
+MAX_INPUT = MAX_ACTIVATIONS
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HASHED_AT_ONCE = 2**20  # numbers turned into float64 at a time
 
@@ -78,12 +79,16 @@ class Network:
         return dict(self.parts)
 
     def forward(self, inputs: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the logits [batch, classes] of inputs [batch, *input_shape], differentiable; in `dtype` if given."""
+        """Return the logits [batch, classes] of inputs [batch, *input_shape], differentiable; in `dtype` if given.
+
+        float32 is full precision on every device, whatever the program allows elsewhere.
+        """
         if tuple(inputs.shape[1:]) != self.input_shape:
             raise CertificationError(f"inputs must be [batch, {self.input_shape}], got {tuple(inputs.shape)}")
         parts = self.parts if dtype is None else {name: tensor.to(dtype) for name, tensor in self.parts.items()}
         first = next(iter(parts.values()), inputs)
-        return run(self.layers, parts, inputs.to(dtype=first.dtype, device=first.device))
+        with exact_arithmetic():
+            return run(self.layers, parts, inputs.to(dtype=first.dtype, device=first.device))
 
     __call__ = forward
 
@@ -91,6 +96,23 @@ class Network:
     def num_classes(self) -> int:
         """Number of logits."""
         return self.layers[-1].output_shape[0] if self.layers else self.input_shape[0]
+
+    @property
+    def widest(self) -> int:
+        """Most numbers of one sample between two layers; all of a padded image count."""
+        inside = [inner for layer in self.layers for inner in layer.inside]
+        return max(math.prod(self.input_shape), *(layer.numbers for layer in inside), 1)
+
+    @property
+    def num_kept(self) -> int:
+        """Numbers of one sample between all layers together, as a gradient keeps them."""
+        inside = [inner for layer in self.layers for inner in layer.inside]
+        return math.prod(self.input_shape) + sum(layer.numbers for layer in inside)
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions that the logits of one sample take."""
+        return max(1, sum(layer.operations for layer in self.layers))
 
     @property
     def num_params(self) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from certify.precision import exact_arithmetic
 from tasks.errors import CertificationError
 
 Loss = Literal["cross_entropy", "margin"]
@@ -62,6 +63,18 @@ def pgd(
     is left alone. `classifier` maps inputs to logits [samples, classes] and is called in whatever mode it is in.
     """
     _check(inputs, labels, eps, steps, restarts, temperature, loss, input_range)
+    with exact_arithmetic():  # the gradients, too
+        return _attack(
+            classifier, inputs, labels, eps, generator, steps, step_size, restarts, random_start, loss, temperature,
+            early_stop, input_range,
+        )  # fmt: skip
+
+
+def _attack(
+    classifier: Classifier, inputs: Tensor, labels: Tensor, eps: float, generator: torch.Generator, steps: int,
+    step_size: float | None, restarts: int, random_start: bool, loss: Loss, temperature: float, early_stop: bool,
+    input_range: tuple[float, float],
+) -> PgdResult:  # fmt: skip
     size = 2.5 * eps / max(steps, 1) if step_size is None else step_size
     low, high = (inputs - eps).clamp(*input_range), (inputs + eps).clamp(*input_range)
     with torch.no_grad():

@@ -5,9 +5,15 @@ the seed gives bit by bit; and every entry of every certificate, which counts, s
 Votes of some points cost nearly what the votes of all cost; bounds on inputs cost by the point, so of these a sample
 can be chosen. Certificates outside the sample are still checked for what follows from their own entries.
 
+A training record is where a CRFL certificate gets its strength from, so it is held against the run's own: the one that
+the verifier names, or `crfl.json` in the folder of the model. A record that merely lies where the file says is the
+file's word for itself, and counts, like none at all, as a finding. The norm that it promises of all training inputs
+is held against the data set.
+
 A bound or radius may differ in the last digits, as another build of the libraries rounds differently. What is not
 checked: that a file claims what its reader wanted (its alpha, its level), that its seed was not chosen among many for
-the votes it gives, and that a training record is true.
+the votes it gives, and that the run's own training record is true: whoever can write the run's folder can write
+another one. Its hash, which is told, can be compared with one that the run published.
 """
 
 import math
@@ -26,12 +32,15 @@ from certify.files import recipes
 from certify.files.header import Header, versions
 from certify.files.lines import CertificateFile
 from certify.files.settings import ZonotopeSettings
-from certify.files.subject import Subject, from_header
+from certify.files.subject import Subject, from_header, load_points, load_record
+from certify.layers import run
 from certify.record import Assumption, Certificate
-from tasks.errors import CertificationError, HawthornError
+from tasks.errors import CertificationError, HawthornError, RecordError
 from tasks.rng import generator
 
 _RELATIVE = 1e-9  # what another build may change in a bound made in float64
+_ABSENT = object()
+_MOST_BY_CHANCE = 5  # points whose two votes agree to the last one
 _SINGLE = 1e5  # how much larger the tolerance of float32 is than that of float64, for zonotopes
 OnProgress = Callable[[int, int], None]
 
@@ -81,9 +90,12 @@ class Verdict:
 def verify(
     file: CertificateFile, *, sample: int | None = None, seed: int = 0, model_file: Path | None = None,
     architecture: str | None = None, record_file: Path | None = None, data_dir: str | None = None,
-    device: str | None = None, on_progress: OnProgress | None = None,
+    device: str | None = None, on_progress: OnProgress | None = None, allow_unrecorded: bool = False,
 ) -> Verdict:  # fmt: skip
-    """Recompute the certificates of `file`, or of `sample` points drawn with `seed`, and compare all entries."""
+    """Recompute the certificates of `file`, or of `sample` points drawn with `seed`, and compare all entries.
+
+    With `allow_unrecorded`, a training record that cannot be compared with the run's own is a note, not a finding.
+    """
     findings: list[Finding] = []
     notes = _other_versions(file.header)
     if file.missing:
@@ -91,7 +103,8 @@ def verify(
         findings.append(Finding(1, "the number of certificates", str(there), str(wanted)))
     subject = from_header(file.header, file.path, file=model_file, architecture=architecture, data_dir=data_dir)
     findings += _sources(file, subject)
-    record_findings, record_notes = _record(file, record_file)
+    record_findings, record_notes = _record(file, record_file, subject, allow_unrecorded)
+    record_findings += _data_norm(file, subject, data_dir) + _undrawn(file) + _copied(file)
     findings += record_findings
     if any(finding.line == 1 and finding.what in ("model sha256", "data sha256") for finding in findings):
         notes.append("model or data are others, so nothing was recomputed")
@@ -124,23 +137,80 @@ def _sources(file: CertificateFile, subject: Subject) -> list[Finding]:
     return findings
 
 
-def _record(file: CertificateFile, record_file: Path | None) -> tuple[list[Finding], list[str]]:
-    """Compare the header's training record with the run's own."""
+def _record(
+    file: CertificateFile, record_file: Path | None, subject: Subject, allow_unrecorded: bool
+) -> tuple[list[Finding], list[str]]:
+    """Compare the header's training record with the run's own, and the model it was of."""
     header = file.header
     if header.record is None:
         return [], []
-    place = record_file or (file.path.parent / header.record_file if header.record_file else None)
-    if place is None or not place.exists():
-        return [], [
-            "the training record was not compared with the run's own, which is not there; name it with --record"
-        ]
-    own = TrainingRecord.load(place)
+    notes = [f"the training record has SHA-256 {header.record_sha256}"]
+    findings = []
+    if header.record.model_sha256 not in (None, header.model.sha256):
+        findings.append(Finding(1, "the training record's model", str(header.record.model_sha256), header.model.sha256))
+    own_place = subject.file.parent / "crfl.json"
+    place = record_file or (own_place if own_place.exists() else None)
+    if place is None:
+        where = "no file" if header.record_file is None else f"{header.record_file}, not the run's own"
+        told = "nothing to compare with: name the run's own with --record, or say --allow-unrecorded"
+        if not allow_unrecorded:
+            return [*findings, Finding(1, "the training record", where, told)], notes
+        return findings, [*notes, f"the training record was not compared with the run's own ({where})"]
+    own = load_record(place)
     names = [field.name for field in fields(TrainingRecord)]
     differ = [name for name in names if getattr(own, name) != getattr(header.record, name)]
-    return [
+    return findings + [
         Finding(1, f"the training record's {name}", _short(getattr(header.record, name)), _short(getattr(own, name)))
         for name in differ
-    ], []
+    ], notes
+
+
+def _data_norm(file: CertificateFile, subject: Subject, data_dir: str | None) -> list[Finding]:
+    """Hold the norm that the training record promises of all training inputs against the data set."""
+    record = file.header.record
+    if record is None:
+        return []
+    data, network = load_points(file.header.points.dataset, data_dir), subject.network
+    first = [layer for layer in network.layers[:1] if layer.kind == "normalise"]  # inputs are as the model sees them
+    try:
+        for inputs, _ in data.batches("train", torch.arange(len(data.split("train")[1])), 4096):
+            record.checked_against(run(first, network.parts, inputs))
+    except RecordError as error:
+        return [Finding(1, "the training record's data_norm_bound", f"{record.data_norm_bound:g}", _short(str(error)))]
+    return []
+
+
+def _undrawn(file: CertificateFile) -> list[Finding]:
+    """Find votes in certificates of a file for which nothing was drawn."""
+    settings = file.header.settings
+    if not isinstance(settings, ZonotopeSettings) and recipes.vote_settings(file.header).way == "sampled":
+        return []
+    findings = []
+    for number, certificate in enumerate(file.certificates, start=2):
+        chosen = certificate.parameters.get("selection_counts", _ABSENT)
+        if certificate.counts:
+            findings.append(_finding(file, number, certificate, "counts", certificate.counts, "no votes"))
+        if chosen is not _ABSENT:
+            findings.append(_finding(file, number, certificate, "selection_counts", chosen, "no votes"))
+    return findings
+
+
+def _copied(file: CertificateFile) -> list[Finding]:
+    """Find selections that are the counts again: then nothing was drawn apart to choose the class.
+
+    Unanimous votes agree by themselves; a few others by chance, all others of a file never.
+    """
+    settings = file.header.settings
+    if isinstance(settings, ZonotopeSettings):
+        return []
+    votes = recipes.vote_settings(file.header)
+    if votes.bound != "two_stage" or votes.selection_draws != votes.num_draws:
+        return []
+    split = [c for c in file.certificates if c.counts and max(c.counts) < votes.num_draws]
+    same = [c for c in split if c.parameters.get("selection_counts") == c.counts]
+    if len(same) < max(_MOST_BY_CHANCE, len(split)):
+        return []
+    return [Finding(1, "the selection", f"the counts again, for {len(same)} points", "draws of its own")]
 
 
 def _chosen(file: CertificateFile, sample: int | None, seed: int) -> list[int]:

@@ -156,7 +156,13 @@ def training_record(
         data_norm_bound=found,
         data_norm_found=found,
         start_norm=_start_norm(config, task, rounds, attacked) * UP,
-        rule=" | ".join(part for part in (config.mixing, config.rule) if part.strip()),
+        rule=config.rule,
+        mixing=config.mixing,
+        transform=config.transform,
+        training=config.training,
+        optimizer=config.optimizer,
+        collusion=config.collusion,
+        dtype="float32",
         server_lr=config.server_lr,
         server_optimizer="none" if config.component("optimizer").name == "step" else config.optimizer,
         momentum=float(training["momentum"]),
@@ -246,6 +252,7 @@ def _round_work(record: RoundRecord, training: dict[str, Any], schedule: dict[st
         learning_rates=(rate,) * len(clients),
         clip_norm=None if record.skipped else clip_norm(record.round, **schedule),
         noise=0.0 if record.skipped else noise,
+        model_norm=record.model_norm * UP,
     )
 
 

@@ -159,12 +159,15 @@ class Federation:
             )
             for number in range(1, self.num_rounds + 1)
         )  # fmt: skip
+        start = self.start
+        updates = (self.local_models(start, self.attack_round)[0] - start).flatten(1)
+        norms = (updates.norm(dim=1) * (1 + 1e-12)).tolist()
         local = tuple(
             ClientWork(
                 client=c, weight=weights[c], learning_rate=self.rate_of(self.attack_round),
                 batch_sizes=(self.batch_size,) * self.steps,
                 poisoned=(self.rows if c < self.attackers else 0,) * self.steps,
-                scale=self.scale if c < self.attackers else 1.0,
+                scale=self.scale if c < self.attackers else 1.0, update_norm=norms[c],
             )
             for c in range(clients)
         )  # fmt: skip
@@ -174,7 +177,8 @@ class Federation:
             attack_round=self.attack_round, attackers=tuple(range(self.attackers)), work=local,
             label_flips=label_flips, data_norm_bound=data_norm or longest, data_norm_found=longest,
             start_norm=float(self.start.norm()) * (1 + 1e-12), seed=self.seed,
-            model_sha256=self.network(released).sha256(),
+            model_sha256=self.network(released).sha256(), dtype="float64", mixing="", collusion="",
+            clip_error=2.0**-48,  # the clip here is exact but for float64's rounding
         )  # fmt: skip
 
 

@@ -13,7 +13,8 @@ import math
 from typing import Literal
 
 from certify.crfl.evidence import Evidence
-from certify.crfl.training_record import RoundWork, TrainingRecord
+from certify.crfl.settings_texts import one_of, settings_texts, softmax_regression
+from certify.crfl.training_record import CLIP_ERROR, RoundWork, TrainingRecord
 from certify.linear import gradient_norm_upper, smoothness_upper
 from certify.record import Assumption, Status
 
@@ -21,15 +22,20 @@ Statement = Literal["printed", "coupled", "marginal"]
 
 
 def assumptions(
-    record: TrainingRecord, evidence: Evidence, statement: Statement, replaced: bool = False
-) -> tuple[Assumption, ...]:
+    record: TrainingRecord, evidence: Evidence, statement: Statement, replaced: bool = False,
+    client_level: bool = False,
+) -> tuple[Assumption, ...]:  # fmt: skip
     """Return every assumption of `statement` with its status; `replaced`: samples may become any other."""
     after = record.rounds[record.attack_round - 1 :]
     found = [*_training(record, after, statement), *_federation(record, after), *_data(record, statement, replaced)]
-    found += _attack(record, statement)
+    found += settings_texts(record)
+    found += _attack(record, statement, client_level)
     found += _released(record, evidence)
     if statement != "printed":
-        found.append(_told("real_arithmetic", None, "training is taken as exact; float32 rounding is not modelled"))
+        detail = "local training and averaging are taken as exact; their float32 rounding is not modelled"
+        found.append(_told("real_arithmetic", None, detail))
+        detail = f"the clip lies within {record.clip_error:g} rho of the exact one, charged in rounds that may clip"
+        found.append(_told("clip_error", _clip_error(record), detail))
     if statement == "coupled":
         found.append(_start(record))
     else:
@@ -37,8 +43,15 @@ def assumptions(
     return tuple(found)
 
 
+def _clip_error(record: TrainingRecord) -> bool | None:
+    """Return whether the charge covers the product's own clip, where that is known to be the one."""
+    if record.clip_error >= CLIP_ERROR:
+        return True
+    return False if record.transform is not None and record.transform.strip() else None
+
+
 def _training(record: TrainingRecord, after: tuple[RoundWork, ...], statement: Statement) -> list[Assumption]:
-    convex = record.model.split("(")[0] == "logistic_regression"
+    convex, told = softmax_regression(record)
     beta = smoothness_upper(record.data_norm_bound, record.bias) + record.weight_decay
     limit = (1 if statement == "printed" else 2) / beta if beta > 0 else math.inf
     rate = max(rate for work in after for rate in work.learning_rates)
@@ -47,7 +60,7 @@ def _training(record: TrainingRecord, after: tuple[RoundWork, ...], statement: S
     sgd = f"momentum {record.momentum:g}, weight decay {record.weight_decay:g}, gradient clip {record.gradient_clip}"
     least = 1 if statement == "printed" else 2
     return [
-        _told("convex_loss", convex, f"{record.model}; the theorems speak of softmax regression with cross entropy"),
+        _told("convex_loss", convex, f"{told}; the theorems speak of softmax regression with cross entropy"),
         _told("step_size", rate <= limit, f"largest rate {rate:g}, limit {least}/beta = {limit:g}"),
         _told("plain_sgd", plain, sgd),
         _told("same_batches", record.same_batches, "batches and noise follow from seeds, whatever the data are"),
@@ -56,10 +69,11 @@ def _training(record: TrainingRecord, after: tuple[RoundWork, ...], statement: S
 
 def _federation(record: TrainingRecord, after: tuple[RoundWork, ...]) -> list[Assumption]:
     present = min(len(work.participants) for work in after)
-    fixed = record.rule.split("(")[0] in ("mean", "fedavg")
+    fixed = one_of("rule", record.rule) == "mean"
     weight = max(math.fsum(work.weights) for work in after) * record.server_lr
     heuristic = "" if fixed else "; weights that depend on the updates differ between the worlds: a heuristic"
-    plain = record.server_optimizer == "none" and weight <= 1 + 1e-6  # weights are kept in float32
+    # weights are kept in float32: what they sum to above 1 is charged (`certify.crfl.coupled.expansion_upper`)
+    plain = record.server_optimizer == "none" and weight <= 1 + 1e-6
     return [
         _told("full_participation", present == record.num_clients, f"{present} of {record.num_clients} clients"),
         _told("fixed_weights", fixed, f"rule {record.rule}{heuristic}"),
@@ -81,14 +95,20 @@ def _data(record: TrainingRecord, statement: Statement, replaced: bool) -> list[
     return [lemma, _told("labels", not record.label_flips, "Lemma 1 covers unchanged labels alone")]
 
 
-def _attack(record: TrainingRecord, statement: Statement) -> list[Assumption]:
+def _attack(record: TrainingRecord, statement: Statement, client_level: bool) -> list[Assumption]:
     scales = sorted({work.scale for work in record.attacking})
     detail = f"by {', '.join(f'{scale:g}' for scale in scales)}"
     scaled: bool | None = True if scales == [1.0] else None
-    if scaled is None and record.counterpart_scaled:
+    if scaled is None and client_level:
+        scaled = statement != "printed" and (statement == "marginal" or _updates_known(record))
+        detail += ": other clients were recorded without" + (", charged with their updates" if scaled else "")
+        if record.counterpart_scaled:
+            detail += "; whoever attacks multiplies his honest update as well"
+    elif scaled is None and record.counterpart_scaled:
         detail += ": the same client multiplies its honest update as well"
     elif scaled is None:
-        scaled = statement != "printed" and all(work.update_norm is not None for work in record.work)
+        known = statement == "marginal" or all(work.update_norm is not None for work in record.attacking)
+        scaled = statement != "printed" and known
         detail += ": an honest client would not" + (", charged with its update" if scaled else "")
     return [
         _told("one_attacked_round", None, f"round {record.attack_round} of {record.num_rounds}, known beforehand"),
@@ -96,9 +116,14 @@ def _attack(record: TrainingRecord, statement: Statement) -> list[Assumption]:
     ]
 
 
+def _updates_known(record: TrainingRecord) -> bool:
+    return all(work.update_norm is not None for work in record.work)
+
+
 def _released(record: TrainingRecord, evidence: Evidence) -> list[Assumption]:
     same = None if record.model_sha256 is None else record.model_sha256 == evidence.model_sha256
     found = [_told("released_model", same, "the votes or margins are of the recorded run's last model")]
+    found.append(_model_form(record, evidence))
     if evidence.kind == "votes":
         match = 0 < evidence.sigma == record.smoothing_sigma
         detail = f"votes under sigma {evidence.sigma:g}, recorded {record.smoothing_sigma:g}"
@@ -107,6 +132,31 @@ def _released(record: TrainingRecord, evidence: Evidence) -> list[Assumption]:
         detail = f"{evidence.method} fails with probability {evidence.alpha:g} over {evidence.num_points} points"
         found.append(_told("confidence", level, detail if level else "the printed pair fails with more than alpha"))
     return found
+
+
+def _model_form(record: TrainingRecord, evidence: Evidence) -> Assumption:
+    """Hold the model behind the evidence against what the record says of it."""
+    differ = []
+    features, rest = divmod(record.num_params, record.num_classes)
+    if rest or features <= record.bias:
+        differ.append(f"{record.num_params} parameters are no {record.num_classes} classes, bias {record.bias}")
+    classes = {values.shape[1] for values in (evidence.counts,) if values is not None}
+    form = evidence.form
+    if form is not None:
+        classes.add(form.num_classes)
+        pairs = [("num_params", record.num_params, form.num_params), ("bias", record.bias, form.bias)]
+        pairs += [] if record.dtype is None else [("dtype", record.dtype, form.dtype)]
+        differ += [
+            f"{name} is {told!r} in the record, {seen!r} in the model" for name, told, seen in pairs if told != seen
+        ]
+        if form.layers != ("linear",):
+            differ.append(f"the model is no softmax regression: {', '.join(form.layers) or 'no layers'}")
+    differ += [f"{number} classes, the record has {record.num_classes}" for number in classes - {record.num_classes}]
+    if differ:
+        return _told("model_form", False, "; ".join(differ))
+    if form is None:
+        return _told("model_form", None, "the model behind the votes is the recorded kind; its layers were not seen")
+    return _told("model_form", True, f"one linear layer, {form.num_params} parameters, {form.dtype}")
 
 
 def _start(record: TrainingRecord) -> Assumption:
@@ -120,15 +170,26 @@ def _law(
 ) -> list[Assumption]:
     noises = [record.noise(number) for number in range(record.attack_round, record.num_rounds + 1)]
     clipped = all(work.clip_norm is not None for work in after)
-    detail = "votes of independent trainings" if evidence.independent_trainings else "votes around one trained model"
+    law, detail = _trainings(evidence)
     found = [
         _told("training_noise", min(noises) > 0, f"smallest sigma from the attacked round on: {min(noises):g}"),
         _told("clipped", clipped, "every round from the attacked one on is clipped"),
-        _told("law_of_votes", evidence.independent_trainings, f"{detail}; the theorem speaks of trainings"),
+        _told("law_of_votes", law, f"{detail}; the theorem speaks of trainings"),
     ]
     if statement == "printed":
         found.append(_local_models(record))
     return found
+
+
+def _trainings(evidence: Evidence) -> tuple[bool | None, str]:
+    """Return whether every vote is of a training of its own: known from the models' hashes, one per vote."""
+    if not evidence.independent_trainings or evidence.around_one_model:
+        return False, "votes around one trained model"
+    if not evidence.trainings:
+        return None, "votes of independent trainings, as is said; name their models' hashes"
+    votes = 0 if evidence.counts is None or not evidence.counts.size else int(evidence.counts.sum(axis=1).max())
+    each = len(set(evidence.trainings)) == len(evidence.trainings) >= max(votes, 2)
+    return each, f"votes of {len(set(evidence.trainings))} models for {votes} votes"
 
 
 def _local_models(record: TrainingRecord) -> Assumption:

@@ -16,6 +16,7 @@ many clients, the other quantities as recorded.
 """
 
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -41,12 +42,14 @@ class BrokenAssumption(UserWarning):
 
 def certify_crfl(
     record: TrainingRecord, evidence: Evidence, *, certificate: Kind = "sound", level: TrainingLevel = "feature",
-    form: Form | None = None, change_norm: float | None = None,
+    form: Form | None = None, change_norm: float | None = None, should_stop: Callable[[], bool] | None = None,
 ) -> list[Certificate]:  # fmt: skip
     """Return one certificate per point of `evidence`.
 
     `change_norm` is the l2 change of each poisoned sample for the levels "sample" and "client"; None there means that
     a poisoned sample may be any other (sound only). `form` is margin or neyman_pearson, as the evidence has it.
+    `should_stop` is asked now and then; `CertificationError` where it says so. Where the recorded attackers poison no
+    sample, the levels "feature" and "client" are statements on no poison, so every point is an abstention.
     """
     _check(evidence, certificate, level, form, change_norm)
     chosen = form or ("margin" if evidence.kind == "margins" else "neyman_pearson")
@@ -55,12 +58,12 @@ def certify_crfl(
         chosen, statement = "corollary_1", "printed"
     else:
         statement = "marginal" if chosen == "marginal" else "coupled"
-    known = assumptions(record, evidence, statement, replaced)
+    known = assumptions(record, evidence, statement, replaced, client_level=level == "client")
     _act_on(known, certificate)
     if certificate == "paper":
         radius = _paper(record, evidence, level, change_norm)
     else:
-        radius = _sound(record, evidence, level, chosen, change_norm)
+        radius = _sound(record, evidence, level, chosen, change_norm, should_stop)
     method = f"crfl/{certificate}/{chosen}/{evidence.method}"
     return _write(record, evidence, level, method, radius, known, change_norm)
 
@@ -104,16 +107,19 @@ def shift_lower(record: TrainingRecord, evidence: Evidence, form: Form) -> Float
 
 
 def _sound(
-    record: TrainingRecord, evidence: Evidence, level: TrainingLevel, form: Any, change_norm: float | None
-) -> Floats:
-    shift = shift_lower(record, evidence, form)
-    start = coupled.marginal_start_norm(record) if form == "marginal" else record.start_norm
+    record: TrainingRecord, evidence: Evidence, level: TrainingLevel, form: Any, change_norm: float | None,
+    should_stop: Callable[[], bool] | None,
+) -> Floats:  # fmt: skip
+    shift, marginal = shift_lower(record, evidence, form), form == "marginal"
+    if not marginal:
+        shift = coupled.survived_lower(record, shift)
+    start = coupled.marginal_start_norm(record) if marginal else record.start_norm
     if start is None:
         raise CertificationError("a sound certificate wants start_norm in the record")
     if level == "feature":
-        return coupled.feature_radius(record, shift, start)
+        return coupled.feature_radius(record, shift, start, marginal)
     largest = coupled.sample_radius if level == "sample" else coupled.client_radius
-    return largest(record, shift, start, change_norm).astype(np.float64)
+    return largest(record, shift, start, change_norm, marginal, should_stop).astype(np.float64)
 
 
 def _paper(record: TrainingRecord, evidence: Evidence, level: TrainingLevel, change_norm: float | None) -> Floats:
@@ -153,5 +159,7 @@ def _parameters(record: TrainingRecord, evidence: Evidence, change_norm: float |
         "sigma": evidence.sigma, "alpha": evidence.alpha, "num_points": evidence.num_points,
         "change_norm": change_norm, "attack_round": record.attack_round, "num_rounds": record.num_rounds,
         "attackers": list(record.attackers), "num_clients": record.num_clients, "rule": record.rule,
-        "data_norm_bound": record.data_norm_bound, "label_flips": record.label_flips, **evidence.parameters,
+        "data_norm_bound": record.data_norm_bound, "label_flips": record.label_flips,
+        "poisoned": [max(work.poisoned) for work in record.attacking], "scale": [w.scale for w in record.attacking],
+        **evidence.parameters,
     }  # fmt: skip

@@ -13,7 +13,7 @@ tau_i q_Bi / n_Bi is the sum over the steps that were taken. The last round's si
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +55,8 @@ def feature_radius(record: TrainingRecord, divergence: Floats) -> Floats:
 def log_feature_radius(record: TrainingRecord, divergence: Floats) -> Floats:
     """Return log RAD per point; it is finite where RAD is beyond 1e308."""
     total = _cost(record.attacking)
+    if not any(any(work.poisoned) for work in record.attacking):
+        return np.full(np.shape(divergence), -np.inf)  # a statement on the change of no sample: nothing is certified
     if total == 0:
         return np.where(divergence > 0, np.inf, -np.inf)
     return (log_budget(record, divergence) - math.log(total)) / 2
@@ -62,38 +64,105 @@ def log_feature_radius(record: TrainingRecord, divergence: Floats) -> Floats:
 
 def sample_radius(record: TrainingRecord, divergence: Floats, change_norm: float) -> NDArray[np.int64]:
     """Return the largest q_B per point: poisoned samples in each batch of each attacker, changed by `change_norm`."""
-    most = max(size for work in record.attacking for size in work.batch_sizes)
-    costs = [_cost([with_poisoned(work, count) for work in record.attacking]) for count in range(1, most + 1)]
-    return _largest(record, divergence, change_norm, costs)
+    attackers = Attackers.of(record.attacking, [[1.0] * len(work.batch_sizes) for work in record.attacking])
+    known = [work.weight * work.scale * work.learning_rate for work in record.attacking]
+
+    def cost(counts: NDArray[np.int64]) -> Floats:
+        return len(known) * np.square(np.array(known)[:, None] * attackers.shares(counts)).sum(axis=0)
+
+    return _largest(record, divergence, change_norm, cost, attackers.most, attackers.at_once)
 
 
 def client_radius(record: TrainingRecord, divergence: Floats, change_norm: float) -> NDArray[np.int64]:
     """Return the largest R per point: attackers like the recorded ones, whichever clients they are."""
-    costs = [_cost(worst) for worst in worst_clients(record, coefficient)]
-    return _largest(record, divergence, change_norm, costs)
+    armed = armed_clients(record)
+    if not any(any(work.poisoned) for work in armed):
+        return np.zeros(np.shape(divergence), dtype=np.int64)
+    squares = np.sort(np.array([coefficient(work) ** 2 for work in armed]))[::-1]
+    costs: Floats = np.arange(1.0, len(armed) + 1) * np.cumsum(squares)
+    return _largest(record, divergence, change_norm, lambda counts: costs[counts - 1], len(armed))
 
 
-def with_poisoned(work: ClientWork, count: int) -> ClientWork:
-    """Return the work with `count` poisoned samples in each batch, all of a smaller one."""
-    return replace(work, poisoned=tuple(min(count, size) for size in work.batch_sizes))
-
-
-def worst_clients(record: TrainingRecord, cost: Callable[[ClientWork], float]) -> list[list[ClientWork]]:
-    """Return for R = 1, 2, ... the R costliest participants, if each poisons and scales like the worst attacker."""
+def armed_clients(record: TrainingRecord) -> list[ClientWork]:
+    """Return every participant's work as if it poisoned and scaled like the worst attacker."""
     count = max(count for work in record.attacking for count in work.poisoned)
     scale = max(work.scale for work in record.attacking)
-    armed = [with_poisoned(replace(work, scale=scale), count) for work in record.work]
-    armed.sort(key=cost, reverse=True)
-    return [armed[:number] for number in range(1, len(armed) + 1)]
+    return [
+        replace(work, scale=scale, poisoned=tuple(min(count, size) for size in work.batch_sizes))
+        for work in record.work
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class Attackers:
+    """Steps of attackers by batch size: what a number of poisoned samples per batch costs, without a walk over steps.
+
+    Batches of one attacker that are equally large are one group; a batch that is smaller than the number asked for
+    counts as poisoned whole.
+    """
+
+    sizes: Floats  # [groups]
+    weights: Floats  # [groups], summed over the steps of a group
+    starts: NDArray[np.int64]  # of each attacker's first group
+    most: int
+
+    @staticmethod
+    def of(works: Sequence[ClientWork], weights: Sequence[Sequence[float]]) -> "Attackers":
+        """Return the groups of `works`, with one weight per step."""
+        sizes, sums, starts = [], [], []
+        for work, own in zip(works, weights, strict=True):
+            distinct, place = np.unique(np.array(work.batch_sizes, dtype=np.int64), return_inverse=True)
+            starts.append(sum(map(len, sizes)))
+            sizes.append(distinct.astype(np.float64))
+            sums.append(np.bincount(place, weights=np.asarray(own, dtype=np.float64)))
+        most = max(size for work in works for size in work.batch_sizes)
+        return Attackers(np.concatenate(sizes), np.concatenate(sums), np.array(starts), most)
+
+    @property
+    def at_once(self) -> int:
+        """How many counts to ask for at once: `shares` works on [groups, counts]."""
+        return max(1, 2**20 // len(self.sizes))
+
+    def shares(self, counts: NDArray[np.int64]) -> Floats:
+        """Return the weighted sums of q_B / n_B over the steps, [attackers, counts], for `counts` poisoned samples."""
+        parts = np.minimum(counts[None, :] / self.sizes[:, None], 1.0) * self.weights[:, None]
+        return np.add.reduceat(parts, self.starts, axis=0)
+
+
+def largest_count(
+    holds: Callable[[NDArray[np.int64], Floats], NDArray[np.bool_]], limits: Floats, most: int, *,
+    at_once: int = 4096, should_stop: Callable[[], bool] | None = None,
+) -> NDArray[np.int64]:  # fmt: skip
+    """Return per limit the largest of 0 to `most` that holds, by bisection; 0 always does, and order is kept.
+
+    `holds` gets counts and the limits they are asked for, both [asked], `at_once` of them at most.
+    `CertificationError` where `should_stop` says so.
+    """
+    flat = np.atleast_1d(np.asarray(limits, dtype=np.float64)).ravel()
+    low, high = np.zeros(flat.shape, dtype=np.int64), np.full(flat.shape, most, dtype=np.int64)
+    while (low < high).any():
+        if should_stop is not None and should_stop():
+            raise CertificationError("stopped before the largest number was found")
+        middle = (low + high + 1) // 2
+        pieces = [slice(first, first + at_once) for first in range(0, len(flat), at_once)]
+        good = np.concatenate([holds(middle[piece], flat[piece]) for piece in pieces])
+        low, high = np.where(good, middle, low), np.where(good, high, middle - 1)
+    return low.reshape(np.shape(limits))
 
 
 def _cost(attackers: Sequence[ClientWork]) -> float:
     return len(attackers) * math.fsum(coefficient(work) ** 2 for work in attackers)
 
 
-def _largest(record: TrainingRecord, divergence: Floats, change_norm: float, costs: Sequence[float]) -> NDArray:
+def _largest(
+    record: TrainingRecord, divergence: Floats, change_norm: float,
+    cost: Callable[[NDArray[np.int64]], Floats], most: int, at_once: int = 4096,
+) -> NDArray[np.int64]:  # fmt: skip
     if not (math.isfinite(change_norm) and change_norm > 0):
         raise CertificationError(f"Theorem 1 wants the size of each sample's change, above 0, got {change_norm!r}")
-    with np.errstate(divide="ignore"):
-        needed = np.log(np.asarray(costs)) + 2 * math.log(change_norm)
-    return np.searchsorted(needed, log_budget(record, divergence), side="right")
+
+    def holds(counts: NDArray[np.int64], budget: Floats) -> NDArray[np.bool_]:
+        with np.errstate(divide="ignore"):
+            return np.log(cost(counts)) + 2 * math.log(change_norm) <= budget
+
+    return largest_count(holds, log_budget(record, divergence), most, at_once=at_once)

@@ -12,7 +12,7 @@ from certify.bounds import Floats, VoteBounds
 from certify.linear import LinearModel
 from certify.network import Network
 from certify.smoothing.exact import exact_bounds, exact_votes
-from certify.smoothing.votes import Votes, inputs_sha256
+from certify.smoothing.votes import ModelForm, Votes, inputs_sha256
 from tasks.errors import CertificationError
 
 Kind = Literal["votes", "margins"]
@@ -38,20 +38,31 @@ class Evidence:
     seed: int | None = None
     counts: NDArray[np.int64] | None = None
     independent_trainings: bool = False  # whether every vote is of a model trained anew, with noise of its own
+    trainings: tuple[str, ...] = ()  # hashes of those models, one per vote
+    form: ModelForm | None = None  # of the model; None: not known
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod
-    def from_votes(votes: Votes, bounds: VoteBounds, *, independent_trainings: bool = False) -> "Evidence":
-        """Return the evidence of counted votes, their bounds made with `certify.bounds`."""
+    def from_votes(
+        votes: Votes, bounds: VoteBounds, *, independent_trainings: bool = False, network: Network | None = None
+    ) -> "Evidence":
+        """Return the evidence of counted votes, their bounds made with `certify.bounds`.
+
+        `network`, the model that voted, tells its form where the votes were read from a file. A plan draws noise
+        around one model, so `independent_trainings` contradicts it: the marginal form refuses such evidence.
+        """
         if not votes.complete:
             have, wanted = votes.num_draws, votes.plan.num_draws
             raise CertificationError(f"{have} of {wanted} draws are done; finish them, as bounds hold for all of them")
         plan = votes.plan
+        if network is not None and network.sha256() != plan.model_sha256:
+            raise CertificationError(f"the votes are of model {plan.model_sha256}, got network {network.sha256()}")
         drawn = {"num_draws": plan.num_draws, "noise": plan.noise, "stream": plan.stream}
         return Evidence(
             kind="votes", method=bounds.method, label=bounds.label, bounds=_pair(bounds), counts=votes.counts,
             model_sha256=plan.model_sha256, data_sha256=plan.inputs_sha256, sigma=plan.sigma, alpha=bounds.alpha,
             num_points=bounds.num_points, seed=plan.seed, independent_trainings=independent_trainings, parameters=drawn,
+            form=votes.form if network is None else ModelForm.of(network),
         )  # fmt: skip
 
     @staticmethod
@@ -61,6 +72,7 @@ class Evidence:
         return Evidence(
             kind="votes", method=bounds.method, label=bounds.label, bounds=_pair(bounds), sigma=sigma,
             model_sha256=network.sha256(), data_sha256=inputs_sha256(inputs), num_points=len(bounds.label),
+            form=ModelForm.of(network),
         )  # fmt: skip
 
     @staticmethod
@@ -69,8 +81,13 @@ class Evidence:
         label, shift = LinearModel.from_network(network).shifts_lower(inputs)
         return Evidence(
             kind="margins", method="margin", label=label, bounds={"shift_lower": shift}, num_points=len(label),
-            model_sha256=network.sha256(), data_sha256=inputs_sha256(inputs),
+            model_sha256=network.sha256(), data_sha256=inputs_sha256(inputs), form=ModelForm.of(network),
         )  # fmt: skip
+
+    @property
+    def around_one_model(self) -> bool:
+        """True where noise was drawn (or integrated) around the one model of `model_sha256`."""
+        return "noise" in self.parameters or self.method.startswith("exact/") or self.kind == "margins"
 
 
 def _pair(bounds: VoteBounds) -> dict[str, Floats]:

@@ -7,8 +7,9 @@ were taken, and a short last batch with as many poisoned rows as the others has 
 
 import json
 import math
+import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,13 @@ import numpy as np
 from tasks.errors import RecordError
 
 SCHEMA = 1
+MAX_TEXT = 256 << 20  # characters of a record's JSON
+MAX_ROUNDS = 100_000
+MAX_ENTRIES = 5_000_000  # participants of all rounds together, and steps of all clients together
+MAX_BATCH = 2**31
+# How far off the exact one a clipped model may lie, in units of the clipping norm: the product's clip stops 2^-22 below
+# the norm, and float32 rounds its factor and its products by 2^-24 each, in either world; a hundredth for the norm.
+CLIP_ERROR = 2.0**-21 * 1.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +36,11 @@ class RoundWork:
     learning_rates: tuple[float, ...]  # eta_i of each participant
     clip_norm: float | None  # rho_t; None: the model was not clipped
     noise: float  # sigma_t, added after the clip; in the last round nothing is added
+    model_norm: float | None = None  # l2 norm of the model after the clip, before noise; None: not recorded
 
     def __post_init__(self) -> None:
+        known = self.model_norm is None or (_number(self.model_norm) and self.model_norm >= 0)
+        _want(known, "model_norm must be None or 0 or more", self.model_norm)
         _want(0 < len(self.participants) == len(set(self.participants)), "participants must be some, each once", self)
         same = len(self.participants) == len(self.weights) == len(self.learning_rates)
         _want(same, "participants, weights and learning_rates must be equally many", self)
@@ -64,6 +75,9 @@ class ClientWork:
         pairs = zip(self.poisoned, self.batch_sizes)
         whole = all(type(q) is int and type(n) is int and 0 <= q <= n > 0 for q, n in pairs)
         _want(whole, "poisoned must be from 0 to the batch size, step by step", self)
+        _want(max(self.batch_sizes) <= MAX_BATCH, f"a batch has {MAX_BATCH} samples at most", max(self.batch_sizes))
+        norm = self.update_norm
+        _want(norm is None or (_number(norm) and norm >= 0), "update_norm must be None or 0 or more", norm)
 
     @property
     def poisoned_share(self) -> float:
@@ -99,12 +113,20 @@ class TrainingRecord:
     same_batches: bool = True  # batches and noise depend on seeds alone, so both worlds share them
     seed: int | None = None
     model_sha256: str | None = None  # of the released model
+    # Texts of the settings, "" where there is nothing of a kind. None: not recorded, so what rests on it stays stated.
+    training: str | None = None  # such as "sgd(lr=0.001, batch_size=100)"
+    transform: str | None = None  # such as "crfl(rho=2.0, slope=0.1)"
+    optimizer: str | None = None  # such as "step()"
+    mixing: str | None = None
+    collusion: str | None = None
+    dtype: str | None = None  # of the released model, such as "float32"
+    clip_error: float = CLIP_ERROR  # of the clip that was run, relative to its norm; 0: exact
 
     def __post_init__(self) -> None:
         for name, least in (("num_classes", 2), ("num_params", 1), ("num_clients", 1)):
             value = getattr(self, name)
             _want(type(value) is int and value >= least, f"{name} must be a whole number from {least}", value)
-        for name in ("smoothing_sigma", "data_norm_bound", "momentum", "weight_decay"):
+        for name in ("smoothing_sigma", "data_norm_bound", "momentum", "weight_decay", "clip_error"):
             value = getattr(self, name)
             _want(_number(value) and value >= 0, f"{name} must be 0 or more", value)
         for name in ("data_norm_found", "start_norm", "gradient_clip"):
@@ -114,6 +136,10 @@ class TrainingRecord:
             _want(type(getattr(self, name)) is bool, f"{name} must be true or false", getattr(self, name))
         for name in ("model", "rule", "server_optimizer"):
             _want(isinstance(getattr(self, name), str), f"{name} must be text", getattr(self, name))
+        for name in ("training", "transform", "optimizer", "mixing", "collusion", "dtype", "model_sha256"):
+            value = getattr(self, name)
+            _want(value is None or isinstance(value, str), f"{name} must be None or text", value)
+        self._check_size()
         _want(_number(self.server_lr) and self.server_lr > 0, "server_lr must be above 0", self.server_lr)
         last = len(self.rounds)
         attacked = self.attack_round
@@ -121,6 +147,14 @@ class TrainingRecord:
         clients = {client for r in self.rounds for client in r.participants}
         _want(max(clients) < self.num_clients, f"clients are numbered below {self.num_clients}", max(clients))
         self._check_attacked_round()
+
+    def _check_size(self) -> None:
+        most = f"a record has {MAX_ROUNDS} rounds, {MAX_ENTRIES} participants of rounds and {MAX_ENTRIES} steps at most"
+        _want(len(self.rounds) <= MAX_ROUNDS, most, f"{len(self.rounds)} rounds")
+        participants = sum(len(work.participants) for work in self.rounds)
+        _want(participants <= MAX_ENTRIES, most, f"{participants} participants")
+        steps = sum(len(work.batch_sizes) for work in self.work)
+        _want(steps <= MAX_ENTRIES, most, f"{steps} steps")
 
     def _check_attacked_round(self) -> None:
         attacked = self.rounds[self.attack_round - 1]
@@ -167,10 +201,11 @@ class TrainingRecord:
 
     @staticmethod
     def from_json(text: str) -> "TrainingRecord":
-        """Read what `to_json` wrote; raises `RecordError` for anything else."""
+        """Read what `to_json` wrote; raises `RecordError` for anything else. What has a default may be missing."""
+        _want(len(text) <= MAX_TEXT, f"its JSON has {MAX_TEXT} characters at most", len(text))
         try:
             entries = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # not JSON, or a number of too many digits
             raise RecordError(f"a training record is JSON: {error}") from None
         if not isinstance(entries, dict) or entries.pop("schema", None) != SCHEMA:
             raise RecordError(f"this version reads training records of schema {SCHEMA}")
@@ -197,8 +232,11 @@ def _want(holds: bool, wanted: str, got: object) -> None:
         raise RecordError(f"training record: {wanted}, got {got!r}")
 
 
+_GREATEST = sys.float_info.max  # compared with, as a whole number beyond it is no float
+
+
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_GREATEST <= value <= _GREATEST
 
 
 def _is_client(value: object) -> bool:
@@ -213,11 +251,12 @@ def _list(value: object) -> list[Any]:
 def _entries(kind: type, entries: object) -> dict[str, Any]:
     """Return the entries of one object, lists as tuples, after checking that they are those of its schema."""
     wanted = {f.name for f in fields(kind)}
-    if not isinstance(entries, Mapping) or entries.keys() != wanted:
+    needed = {f.name for f in fields(kind) if f.default is MISSING}
+    if not isinstance(entries, Mapping) or not needed <= entries.keys() <= wanted:
         found = entries.keys() if isinstance(entries, Mapping) else {type(entries).__name__}
-        missing, unknown = sorted(wanted - set(found)), sorted(set(found) - wanted)
+        missing, unknown = sorted(needed - set(found)), sorted(set(found) - wanted)
         raise RecordError(f"{kind.__name__} has the entries of its schema; missing {missing}, unknown {unknown}")
-    lists = {f.name for f in fields(kind) if "tuple" in str(f.type)}
+    lists = {f.name for f in fields(kind) if "tuple" in str(f.type)} & entries.keys()
     for name in lists:
         _want(isinstance(entries[name], list), f"{name} must be a list", entries[name])
     nested = ("rounds", "work")

@@ -1,5 +1,6 @@
 """The first line of a file of certificates: which model, which points, which settings, and made by what."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -16,10 +17,21 @@ from certify.files.settings import KINDS, Settings, ZonotopeSettings, kind_of, r
 from tasks.dataset import Split
 from tasks.errors import CertificationError, RecordError
 
-SCHEMA = 1
+SCHEMA = 2
 TOOL = "hawthorn"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_ENTRIES = {"tool", "schema", "kind", "model", "points", "settings", "record", "record_file", "versions"}
+_ENTRIES = {
+    "tool",
+    "schema",
+    "kind",
+    "model",
+    "points",
+    "settings",
+    "record",
+    "record_sha256",
+    "record_file",
+    "versions",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +81,11 @@ class Header:
         return kind_of(self.settings)
 
     @property
+    def record_sha256(self) -> str | None:
+        """Hash of the training record, None without one; a run can publish it beside its model."""
+        return None if self.record is None else record_sha256(self.record)
+
+    @property
     def num_points(self) -> int:
         return len(self.points.indices)
 
@@ -90,7 +107,7 @@ class Header:
             "tool": TOOL, "schema": SCHEMA, "kind": self.kind, "model": asdict(self.model),
             "points": asdict(self.points), "settings": write_settings(self.settings),
             "record": None if self.record is None else json.loads(self.record.to_json()),
-            "record_file": self.record_file, "versions": dict(self.versions),
+            "record_sha256": self.record_sha256, "record_file": self.record_file, "versions": dict(self.versions),
         }  # fmt: skip
         return json.dumps(entries, allow_nan=False, separators=(",", ":"))
 
@@ -98,7 +115,7 @@ class Header:
     def from_json(line: str) -> "Header":
         """Read what `to_json` wrote; raises `RecordError` for anything else."""
         try:
-            entries = json.loads(line)
+            entries = json.loads(line, object_pairs_hook=_unique)
         except (ValueError, RecursionError) as error:
             raise RecordError(f"the first line must be the header of a file of certificates: {error}") from None
         if not isinstance(entries, dict) or entries.get("tool") != TOOL or "points" not in entries:
@@ -110,7 +127,7 @@ class Header:
             kind = entries.get("kind")
             raise RecordError(f"the header has other entries: missing {missing}, unknown {unknown}, kind {kind!r}")
         try:
-            return Header(
+            header = Header(
                 model=read_entries(ModelSource, entries["model"]),
                 points=read_entries(PointSource, entries["points"]),
                 settings=read_entries(KINDS[entries["kind"]], entries["settings"]),
@@ -118,8 +135,16 @@ class Header:
                 record_file=_text(entries["record_file"]),
                 versions=MappingProxyType({str(k): str(v) for k, v in dict(entries["versions"]).items()}),
             )
-        except (CertificationError, TypeError, ValueError, AttributeError) as error:
+        except (CertificationError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise RecordError(f"the header contradicts its schema: {error}") from None
+        if (told := entries["record_sha256"]) != header.record_sha256:
+            raise RecordError(f"record_sha256 is {told!r:.80}, the training record has {header.record_sha256}")
+        return header
+
+
+def record_sha256(record: TrainingRecord) -> str:
+    """Return the hash of a training record's entries, however the file that holds them is spaced."""
+    return hashlib.sha256(record.to_json().encode()).hexdigest()
 
 
 def versions() -> dict[str, str]:
@@ -131,6 +156,14 @@ def versions() -> dict[str, str]:
 def relative_to(path: Path, file: Path) -> str:
     """Return `path` as seen from the folder of `file`, so that both can be moved together."""
     return os.path.relpath(path.resolve(), file.resolve().parent)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        raise RecordError(f"the header has each entry once, got {str(twice)[:80]} twice")
+    return dict(pairs)
 
 
 def _version(package: str) -> str:

@@ -147,7 +147,7 @@ def _fits(header: Header, certificate: Certificate) -> None:
 def _at(path: Path, number: int) -> Iterator[None]:
     try:
         yield
-    except (RecordError, CertificationError, UnicodeDecodeError, RecursionError) as error:
+    except (RecordError, CertificationError, ValueError, ArithmeticError, RecursionError) as error:
         raise RecordError(f"{path}, line {number}: {error}") from None
 
 

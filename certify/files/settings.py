@@ -109,14 +109,15 @@ def _value(name: str, value: Any, wanted: Any) -> Any:
             return tuple(_value(name, item, inner[0]) for item in value)
         good = False
     elif wanted is float:
-        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        good = isinstance(value, int | float) and not isinstance(value, bool)
+        good = good and (math.isfinite(value) if isinstance(value, float) else abs(value) <= 2**53)
         value = float(value) if good else value
     elif wanted in (bool, int, str):
         good = type(value) is wanted
     else:
         return read_entries(wanted, value)
     if not good:
-        raise CertificationError(f"{name} must be {_say(wanted)}, got {value!r}")
+        raise CertificationError(f"{name} must be {_say(wanted)}, got {value!r:.80}")
     return value
 
 

@@ -105,7 +105,15 @@ def training_record(path: Path) -> tuple[Path, TrainingRecord]:
     place = path / "crfl.json" if path.is_dir() else path
     if not place.exists():
         raise RecordError(f"there is no training record {place}; name a run folder that has one, or its file")
-    return place, TrainingRecord.load(place)
+    return place, load_record(place)
+
+
+def load_record(place: Path) -> TrainingRecord:
+    """Return the training record in a file; `RecordError` for whatever else is in it."""
+    try:
+        return TrainingRecord.load(place)
+    except (ValueError, ArithmeticError, TypeError, RecursionError) as error:  # such as an integer of 400 digits
+        raise RecordError(f"{place} holds no training record: {error!r:.200}") from None
 
 
 def load_points(dataset: str, data_dir: str | None) -> Dataset:

@@ -34,9 +34,21 @@ def check_token(token: str | None) -> str | None:
     return token
 
 
-def check_exposure(host: str, *, tls: bool, token: str | None, insecure: bool) -> None:
-    """Raise `ConfigError` where a service at `host` would be open to a network without protection."""
-    if is_loopback(host) or tls:
+def check_exposure(
+    host: str, *, tls: bool, token: str | None, insecure: bool, client_ca: bool = False
+) -> None:  # fmt: skip
+    """Raise `ConfigError` where a service at `host` would be open to a network without protection.
+
+    TLS alone hides what travels but asks nobody who they are: a token or certificates of clients do.
+    """
+    if is_loopback(host):
+        return
+    if tls:
+        if token is None and not client_ca and not insecure:
+            raise ConfigError(
+                f"{host} is reachable from outside and TLS alone lets anyone in: give a token (--token-file) or "
+                "--tls-client-ca, or say --insecure where the network itself is private"
+            )
         return
     if token is not None:
         raise ConfigError(

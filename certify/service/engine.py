@@ -18,6 +18,7 @@ import torch
 
 from certify.gate import GateDecision, decide
 from certify.network import Network
+from certify.precision import exact_arithmetic
 from certify.service import certify_pb2 as pb
 from certify.service import messages, wire, work
 from certify.service.limits import Limits
@@ -28,7 +29,7 @@ from certify.service.status import RefusalError, invalid, out_of_range
 from certify.service.store import SHA256, Kind, Store
 from certify.service.wire import CertificationSet
 
-FORMAT = 1  # of results; raised whenever the same question gets another answer
+FORMAT = 2  # of results; raised whenever the same question gets another answer
 _KEPT = 4  # models and sets in memory
 
 
@@ -138,7 +139,10 @@ class Engine:
         if request.num_draws > self.limits.max_draws:
             raise out_of_range(f"num_draws may be {self.limits.max_draws} here, got {request.num_draws}")
         asked = messages.smoothing(request)
-        named = {"kind": "smoothing", "model": request.model, "set": request.set}
+        # two kinds of devices round differently, and a vote between two close logits may go another way
+        named = {"kind": "smoothing", "device": self.device.type, "model": request.model, "set": request.set}
+        most = max(request.num_draws, request.claim.selection_draws)
+        self._afford(network, passes=most * len(points.inputs), samples=1)
         key = _hash(named | asked)
         counting = work.Counting(
             network, points.inputs, store=self.store, device=self.device, limits=self.limits,
@@ -159,7 +163,7 @@ class Engine:
 
         def run(control: Control) -> bytes:
             first = counting.count(_hash(named | chosen), chosen, control) if claim.selection_draws else None
-            return work.claimed(counting.count(key, asked, control), first, claim)
+            return work.claimed(counting.count(key, asked, control), first, claim, network)
 
         return self._question(_hash(named | asked | {"claim": described}), "claim", run)
 
@@ -167,6 +171,7 @@ class Engine:
         """Return the question of a zonotope request."""
         network, points = self._pair(request.model, request.set)
         asked = messages.zonotope(request)
+        self._afford(network, passes=_rows(network) * len(points.inputs), samples=_batch(len(points.inputs)))
         described = {"kind": "zonotope", "device": self.device.type, **asked}
         key = _hash(described | {"model": request.model, "set": request.set})
 
@@ -180,6 +185,9 @@ class Engine:
         settings = self._settings(request)
         network, validation = self._pair(request.model, request.validation_set)
         _, certification = self._pair(request.model, request.certification_set)
+        attacks = (3 if settings.probes else 1) * (3 * settings.attack_steps + 2) * len(validation.inputs)
+        bounds = len(settings.eps) * _rows(network) * len(certification.inputs)
+        self._afford(network, passes=attacks + bounds, samples=_batch(len(certification.inputs)))
         sets = [request.validation_set, request.certification_set]
         described = {"kind": "gate", "device": self.device.type, "model": request.model, "sets": sets}
         key = _hash(described | asdict(settings))
@@ -190,6 +198,20 @@ class Engine:
             )
 
         return self._question(key, "gate", run)
+
+    def _afford(self, network: Network, *, passes: int, samples: int) -> None:
+        """Refuse work or memory beyond what one request may take; `samples` go through the network together."""
+        operations, num_bytes = passes * network.operations, 8 * max(samples * network.widest, network.num_kept)
+        if operations > self.limits.max_operations:
+            raise out_of_range(
+                f"this may take {operations:.1e} multiplications, one request may take {self.limits.max_operations:.1e}"
+                " here; ask for fewer points, draws, steps or radii, or of a smaller model"
+            )
+        if num_bytes > self.limits.max_batch_bytes:
+            raise out_of_range(
+                f"a batch of {samples} points through this model fills {num_bytes} bytes, one request may fill "
+                f"{self.limits.max_batch_bytes} here; ask for fewer points or of a narrower model"
+            )
 
     def _settings(self, request: pb.GateRequest) -> GateSettings:
         if len(request.eps) > self.limits.max_radii:
@@ -216,7 +238,8 @@ class Engine:
                 return content
             start = time.monotonic()
             try:
-                content = run(control)
+                with exact_arithmetic():
+                    content = run(control)
             except StoppedError:
                 self.metrics.stopped.inc()
                 raise
@@ -225,6 +248,18 @@ class Engine:
             return content
 
         return Question(key, kept)
+
+
+def _rows(network: Network) -> int:
+    """Return how many rows of coefficients bounds on one point may take: one per ReLU's number and class."""
+    inside = [inner for layer in network.layers for inner in layer.inside]
+    kinks = sum(layer.numbers for layer in inside if layer.kind in ("relu", "max_pool2d"))
+    return 2 + kinks + network.num_classes
+
+
+def _batch(num_points: int) -> int:
+    """Return how many points the clean logits are taken of together."""
+    return min(num_points, 128)
 
 
 def _hash(described: dict[str, Any]) -> str:

@@ -18,11 +18,13 @@ from torch import Tensor
 from certify.gate import BoundMetrics, GateMetrics
 from certify.network import Network
 from certify.pgd import Loss, PgdResult, pgd
+from certify.precision import exact_arithmetic
 from certify.zonotope import ZonotopeResult, check
 from tasks.errors import CertificationError
 from tasks.rng import derive, generator
 
-_BATCH = 250  # samples attacked at once
+_BATCH = 250  # samples attacked at once, fewer of a network that keeps much for its gradient
+_ATTACK_BYTES = 2 << 30  # of what a gradient keeps of one batch
 _HASHED = 2**20  # numbers hashed at once: a copy of all of them in float64 would not stay in the cache
 # A clean margin of 0 has no scale; the median must stay a number.
 _MOST_RELATIVE = 1e6
@@ -82,7 +84,16 @@ def measure(
 
     Raises `CertificationError` as soon as `should_stop` says so.
     """
-    network = network.to(device).detach()
+    with exact_arithmetic():
+        return _measure(network.to(device).detach(), validation, certification, settings, device, memory_bytes,
+                        on_progress, should_stop)  # fmt: skip
+
+
+def _measure(
+    network: Network, validation: Labelled, certification: Labelled, settings: GateSettings,
+    device: torch.device | str | None, memory_bytes: int | None, on_progress: Callable[[int, int, str], None],
+    should_stop: Callable[[], bool] | None,
+) -> GateMetrics:  # fmt: skip
     attacks: list[tuple[str, Loss, float]] = [("PGD", "cross_entropy", 1.0)]
     if settings.probes:
         attacks.append(("margin-loss PGD", "margin", 1.0))
@@ -119,6 +130,11 @@ def relative_margin(result: ZonotopeResult) -> float:
     return ratios.clamp(-_MOST_RELATIVE, _MOST_RELATIVE).median().item()
 
 
+def attack_batch(network: Network) -> int:
+    """Return how many samples are attacked at once; by the architecture alone, so that metrics can be compared."""
+    return max(1, min(_BATCH, _ATTACK_BYTES // (8 * network.num_kept)))
+
+
 def _attack(
     network: Network, points: Labelled, settings: GateSettings, loss: Loss, temperature: float,
     should_stop: Callable[[], bool] | None,
@@ -131,9 +147,9 @@ def _attack(
         return network.forward(inputs)
 
     place = next(iter(network.tensors().values()), points[0])
-    parts = []
-    for start in range(0, len(points[0]), _BATCH):
-        inputs, labels = (tensor[start : start + _BATCH].to(place.device) for tensor in points)
+    parts, batch = [], attack_batch(network)
+    for start in range(0, len(points[0]), batch):
+        inputs, labels = (tensor[start : start + batch].to(place.device) for tensor in points)
         name = derive(settings.seed, "gate", loss, str(temperature), start)
         parts.append(
             pgd(

@@ -104,11 +104,13 @@ def start(
     limits = Limits() if limits is None else limits
     token = auth.check_token(token)
     credentials = auth.server_credentials(tls_cert, tls_key, tls_client_ca)
-    auth.check_exposure(host, tls=credentials is not None, token=token, insecure=insecure)
+    auth.check_exposure(
+        host, tls=credentials is not None, token=token, insecure=insecure, client_ca=tls_client_ca is not None
+    )
     chosen = choose_device(device)
     metrics = Metrics()
     with contextlib.ExitStack() as opened:  # what is open is closed again where a later step fails
-        folder = Store(Path(store), max_bytes=limits.max_store_bytes)
+        folder = Store(Path(store), max_bytes=limits.max_store_bytes, max_result_bytes=limits.max_result_bytes)
         opened.callback(folder.close)
         server = _grpc_server(limits, metrics, token)
         bound = _bind(server, host, port, credentials)
@@ -135,9 +137,10 @@ def serve(
     token: str | None = None, tls_cert: Path | None = None, tls_key: Path | None = None,
     tls_client_ca: Path | None = None, insecure: bool = False, metrics_port: int | None = None,
     queue_size: int = 32, workers: int = 1, max_model_bytes: int = 2**30, max_set_bytes: int = 2**30,
-    max_store_bytes: int = 20 * 2**30, max_points: int = 100_000, max_draws: int = 1_000_000,
-    memory_bytes: int | None = None, idle_seconds: float = 60.0, save_seconds: float = 5.0, grace: float = 30.0,
-    log_level: str = "INFO",
+    max_store_bytes: int = 20 * 2**30, max_result_bytes: int = 5 * 2**30, max_points: int = 100_000,
+    max_draws: int = 1_000_000, max_operations: int = 10**17, max_batch_bytes: int = 8 * 2**30,
+    memory_bytes: int | None = None, idle_seconds: float = 60.0, save_seconds: float = 5.0,
+    grace: float = 30.0, log_level: str = "INFO",
 ) -> bool:  # fmt: skip
     """Serve until SIGTERM or SIGINT, then drain; prints a line with the bound port once requests are answered.
 
@@ -147,8 +150,9 @@ def serve(
     warnings.simplefilter("ignore", BrokenAssumption)  # it stands in the certificate, which is who it is for
     limits = Limits(
         queue_size=queue_size, workers=workers, max_model_bytes=max_model_bytes, max_set_bytes=max_set_bytes,
-        max_store_bytes=max_store_bytes, max_points=max_points, max_draws=max_draws, memory_bytes=memory_bytes,
-        idle_seconds=idle_seconds, save_seconds=save_seconds,
+        max_store_bytes=max_store_bytes, max_result_bytes=max_result_bytes, max_points=max_points,
+        max_draws=max_draws, max_operations=max_operations, max_batch_bytes=max_batch_bytes,
+        memory_bytes=memory_bytes, idle_seconds=idle_seconds, save_seconds=save_seconds,
     )  # fmt: skip
     stop = threading.Event()
     previous = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -68,6 +68,8 @@ class Servicer(rpc.CertifyServiceServicer):
         self.store, self.engine, self.queue, self.limits, self.metrics = store, engine, queue, limits, metrics
         self._streams = threading.BoundedSemaphore(limits.max_streams)
         self.stalled = Stalled(limits.idle_seconds)
+        self._lock = threading.Lock()
+        self._uploads: dict[str, int] = {}  # on their way, by the caller's address
         self._checks = threading.BoundedSemaphore(2)  # uploads being checked, each of which fills memory
 
     @contextlib.contextmanager
@@ -88,6 +90,24 @@ class Servicer(rpc.CertifyServiceServicer):
             self.metrics.seconds.labels(method).observe(seconds)
             fields = {"method": method, "peer": context.peer(), "code": code.name, "seconds": round(seconds, 4)}
             _log.info("request", extra={"fields": fields | ({"message": message} if message else {})})
+
+    @contextlib.contextmanager
+    def uploading(self, context: grpc.ServicerContext) -> Iterator[None]:
+        """Take one of the caller's places for uploads, so that none can take all places of all callers."""
+        caller = context.peer().rsplit(":", 1)[0]  # the address without its port
+        with self._lock:
+            if self._uploads.get(caller, 0) >= self.limits.max_uploads:
+                raise QueueFullError(
+                    f"{self.limits.max_uploads} uploads from {caller} are on their way already; try again later"
+                )
+            self._uploads[caller] = self._uploads.get(caller, 0) + 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._uploads[caller] -= 1
+                if not self._uploads[caller]:
+                    del self._uploads[caller]
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
@@ -123,7 +143,7 @@ class Servicer(rpc.CertifyServiceServicer):
             with self._checks:
                 self.engine.learn_model(incoming.sha256(), wire.read_model(incoming.path))
 
-        with self.counted():
+        with self.counted(), self.uploading(context):
             sha256 = uploads.receive(
                 map(readable, request), self.store, "models", max_bytes=self.limits.max_model_bytes, check=check,
                 idle_seconds=self.limits.idle_seconds, received=self.metrics.received.inc,
@@ -138,7 +158,7 @@ class Servicer(rpc.CertifyServiceServicer):
             with self._checks:
                 wire.read_set(incoming.path, max_points=self.limits.max_points)
 
-        with self.counted():
+        with self.counted(), self.uploading(context):
             sha256 = uploads.receive(
                 map(readable, request), self.store, "sets", max_bytes=self.limits.max_set_bytes, check=check,
                 idle_seconds=self.limits.idle_seconds, received=self.metrics.received.inc,

@@ -5,6 +5,7 @@ RESOURCE_EXHAUSTED and UNAVAILABLE may, NOT_FOUND works after an upload.
 """
 
 import logging
+import re
 import secrets
 
 import grpc
@@ -21,6 +22,10 @@ _CODES: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
     (ClosedError, grpc.StatusCode.UNAVAILABLE),
     (StoppedError, grpc.StatusCode.CANCELLED),
     (HawthornError, grpc.StatusCode.INVALID_ARGUMENT),
+)
+# How PyTorch's allocators say it, each in an ordinary RuntimeError.
+_NO_MEMORY = re.compile(
+    r"not enough memory|can't allocate memory|out of memory|alloc_failed|bad_alloc|failed to allocate", re.IGNORECASE
 )
 
 
@@ -49,7 +54,9 @@ def status_of(error: BaseException) -> tuple[grpc.StatusCode, str]:
     for kind, code in _CODES:
         if isinstance(error, kind):
             return code, str(error)
-    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
+    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
+    ):
         return grpc.StatusCode.RESOURCE_EXHAUSTED, "the device has too little memory now; try again, or a smaller set"
     number = secrets.token_hex(4)
     _log.error("defect", extra={"fields": {"incident": number}}, exc_info=error)

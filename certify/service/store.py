@@ -3,9 +3,14 @@
 Everything is written beside its place, flushed to the disk and renamed into it, so a kill leaves either all of a file
 or nothing of it; what was half written is swept away at the next start. Results and progress carry a hash of their
 content: a file that rotted is worked out anew rather than believed. Nothing is ever unpickled.
+
+There are two quotas, so that neither fills the other's: one of uploads, one of results and progress. What is unused
+for longest makes room, for clients send an upload again and a result is worked out again; an upload on its way takes
+room by the bytes that came, never by those announced, and removes nothing before all of it is there and was checked.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -13,7 +18,7 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -32,19 +37,20 @@ class StoreFullError(DataError):
 class Incoming:
     """An upload on its way: bytes are hashed as they are written; `commit` or nothing is kept."""
 
-    def __init__(self, file: BinaryIO, path: Path) -> None:
-        self._file, self._path = file, path
+    def __init__(self, file: BinaryIO, path: Path, take: Callable[[int], None]) -> None:
+        self._file, self._path, self._take = file, path, take
         self._digest = hashlib.sha256()
         self.num_bytes = 0
 
     def write(self, chunk: bytes) -> None:
-        """Append `chunk`; raises `StoreFullError` where the disk is full."""
+        """Append `chunk`; raises `StoreFullError` where the disk, or the room for uploads on their way, is full."""
+        self._take(len(chunk))
+        self.num_bytes += len(chunk)
         try:
             self._file.write(chunk)
         except OSError as error:
             raise StoreFullError(f"the upload cannot be written: {error.strerror}; free space on the disk") from None
         self._digest.update(chunk)
-        self.num_bytes += len(chunk)
 
     def sha256(self) -> str:
         return self._digest.hexdigest()
@@ -59,8 +65,10 @@ class Incoming:
 class Store:
     """One folder, used by one service at a time."""
 
-    def __init__(self, folder: Path, *, max_bytes: int) -> None:
+    def __init__(self, folder: Path, *, max_bytes: int, max_result_bytes: int | None = None) -> None:
+        """Open `folder` for uploads of `max_bytes` in all; results have `max_result_bytes`, as many unless told."""
         self.folder, self.max_bytes = folder, max_bytes
+        self.max_result_bytes = max_bytes if max_result_bytes is None else max_result_bytes
         for name in ("models", "sets", "results", "progress", "incoming"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         self._lock_file = (folder / "lock").open("w")
@@ -70,7 +78,7 @@ class Store:
             self._lock_file.close()
             raise ConfigError(f"another service uses the store {folder}; give this one a --store of its own") from None
         self._lock = threading.Lock()
-        self._reserved = 0
+        self._arriving = 0  # bytes of uploads on their way
         self._in_use: dict[Path, int] = {}
         self._sweep()
 
@@ -113,29 +121,40 @@ class Store:
 
     @contextlib.contextmanager
     def receive(self, num_bytes: int) -> Iterator[Incoming]:
-        """Reserve room for an upload of `num_bytes` and give a place to write it; what is not committed is removed."""
-        self._reserve(num_bytes)
+        """Give a place to write an upload of `num_bytes`; what is not committed is removed.
+
+        Raises `StoreFullError` where so many can never fit; nothing stored makes room before `commit`.
+        """
+        if num_bytes > self.max_bytes or shutil.disk_usage(self.folder).free < num_bytes:
+            raise self._no_room(num_bytes)
         number, name = tempfile.mkstemp(dir=self.folder / "incoming")
+        incoming = None
         try:
             with os.fdopen(number, "wb") as file:
-                yield Incoming(file, Path(name))
+                yield (incoming := Incoming(file, Path(name), self._take))
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name)
             with self._lock:
-                self._reserved -= num_bytes
+                self._arriving -= 0 if incoming is None else incoming.num_bytes
 
     def commit(self, kind: Kind, incoming: Incoming) -> str:
-        """Put a received file in its place and return its hash; one that was there already stays."""
+        """Put a received file in its place and return its hash; uploads unused for longest make room for it."""
         sha256 = incoming.sha256()
         path = self.path(kind, sha256)
         _flush(incoming.path)
-        os.replace(incoming.path, path)
+        with self._lock:
+            if not path.exists() and not self._evict(("models", "sets"), incoming.num_bytes, self.max_bytes):
+                raise self._no_room(incoming.num_bytes)
+            os.replace(incoming.path, path)
         _flush(path.parent)
         return sha256
 
     def write(self, kind: Written, sha256: str, content: bytes) -> None:
-        """Keep `content` under a request's hash, whole or not at all; raises `StoreFullError` on a full disk."""
+        """Keep `content` under a request's hash, whole or not at all; progress and old results make room.
+
+        Raises `StoreFullError` on a full disk, or where all the room for results is less than `content`.
+        """
         path = self.path(kind, sha256)
         try:
             number, beside = tempfile.mkstemp(dir=self.folder / "incoming")  # two writers of one place do not meet
@@ -144,7 +163,10 @@ class Store:
                     file.write(hashlib.sha256(content).digest() + content)
                     file.flush()
                     os.fsync(file.fileno())
-                os.replace(beside, path)
+                with self._lock:
+                    if not self._evict(("progress", "results"), len(content) + _DIGEST, self.max_result_bytes, path):
+                        raise OSError(errno.ENOSPC, f"{len(content)} bytes are more than all results may have")
+                    os.replace(beside, path)
                 _flush(path.parent)
             except OSError:
                 with contextlib.suppress(OSError):
@@ -155,8 +177,10 @@ class Store:
 
     def read(self, kind: Written, sha256: str) -> bytes | None:
         """Return what `write` kept; None where there is nothing, or nothing that can be believed."""
+        path = self.path(kind, sha256)
         try:
-            content = self.path(kind, sha256).read_bytes()
+            content = path.read_bytes()
+            os.utime(path)
         except FileNotFoundError:
             return None
         digest, content = content[:_DIGEST], content[_DIGEST:]
@@ -179,22 +203,34 @@ class Store:
                     found.append((status.st_mtime, Path(entry.path), status.st_size))
         return found
 
-    def _reserve(self, num_bytes: int) -> None:
-        """Make room by removing saved progress, then the uploads unused for longest, which clients send again."""
+    def _take(self, num_bytes: int) -> None:
+        """Count bytes that arrived; all uploads on their way together may have as many as all stored ones."""
         with self._lock:
-            excess = self.num_bytes() + self._reserved + num_bytes - self.max_bytes
-            for _, path, size in sorted(self._files("progress")) + sorted(self._files("models", "sets")):
-                if excess <= 0:
-                    break
-                if path not in self._in_use:
-                    path.unlink(missing_ok=True)
-                    excess -= size
-            if excess > 0 or shutil.disk_usage(self.folder).free < num_bytes:
-                raise StoreFullError(
-                    f"the store has no room for {num_bytes} bytes (limit {self.max_bytes}, results are never removed): "
-                    "try again when running work is done, raise --max-store-bytes or clear the folder's results"
-                )
-            self._reserved += num_bytes
+            if self._arriving + num_bytes > self.max_bytes:
+                raise self._no_room(num_bytes)
+            self._arriving += num_bytes
+
+    def _evict(self, kinds: tuple[str, ...], num_bytes: int, most: int, replaced: Path | None = None) -> bool:
+        """Remove saved progress, then what is unused for longest, until `num_bytes` fit; False, removing nothing, where
+        they cannot. What is in use stays, and `replaced` is about to go anyway."""
+        there = [(path.parent.name != "progress", at, path, size) for at, path, size in self._files(*kinds)]
+        there = [entry for entry in there if entry[2] != replaced]
+        excess = sum(entry[3] for entry in there) + num_bytes - most
+        free = sorted(entry for entry in there if entry[2] not in self._in_use)
+        if excess > sum(entry[3] for entry in free):
+            return False
+        for _, _, path, size in free:
+            if excess <= 0:
+                break
+            path.unlink(missing_ok=True)
+            excess -= size
+        return True
+
+    def _no_room(self, num_bytes: int) -> StoreFullError:
+        return StoreFullError(
+            f"the store has no room for {num_bytes} bytes (limit {self.max_bytes}, what is in use stays): "
+            "try again when running work is done, or raise --max-store-bytes"
+        )
 
 
 def _flush(path: Path) -> None:

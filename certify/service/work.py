@@ -76,7 +76,7 @@ class Counting:
         return votes
 
 
-def certificates(votes: Votes, selection: Votes | None, claim: Claim) -> list[Certificate]:
+def certificates(votes: Votes, selection: Votes | None, claim: Claim, network: Network) -> list[Certificate]:
     """Return the certificates of a claim: bounds on the votes, then what the training record makes of them."""
     draws, shared = votes.num_draws, {"num_points": claim.num_points}
     interval: Any = claim.interval
@@ -87,13 +87,14 @@ def certificates(votes: Votes, selection: Votes | None, claim: Claim) -> list[Ce
     else:
         found = crfl_top_two(votes.counts, draws, claim.alpha, **shared)
     kinds: dict[str, Any] = {"certificate": claim.certificate, "level": claim.level, "form": claim.form}
-    return certify_crfl(claim.record, Evidence.from_votes(votes, found), **kinds, change_norm=claim.change_norm)
+    evidence = Evidence.from_votes(votes, found, network=network)  # kept votes do not know their model any more
+    return certify_crfl(claim.record, evidence, **kinds, change_norm=claim.change_norm)
 
 
-def claimed(votes: Votes, selection: Votes | None, claim: Claim) -> bytes:
+def claimed(votes: Votes, selection: Votes | None, claim: Claim, network: Network) -> bytes:
     """Return votes and certificates as bytes; FAILED_PRECONDITION where the record allows no such certificate."""
     try:
-        lines = [certificate.to_json() for certificate in certificates(votes, selection, claim)]
+        lines = [certificate.to_json() for certificate in certificates(votes, selection, claim, network)]
     except (HawthornError, ArithmeticError) as error:
         raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, f"no certificate: {error}") from None
     text = np.frombuffer("\n".join(lines).encode(), np.uint8)

@@ -13,7 +13,7 @@ import torch
 
 from certify.linear import LinearModel
 from certify.network import Network
-from certify.smoothing.votes import Plan, Votes, inputs_sha256
+from certify.smoothing.votes import ModelForm, Plan, Votes, inputs_sha256
 from tasks.errors import CertificationError
 from tasks.rng import generator
 
@@ -34,7 +34,7 @@ def sample_linear_votes(
         raise CertificationError("an input of zeros gets no noise in a model without bias; its votes are no sample")
     ahead = torch.from_numpy(((logits - logits.max(axis=1, keepdims=True)) / scale[:, None]).astype(np.float32))
     counts = [_count(plan, tile, part) for tile, part in enumerate(ahead.split(_POINTS))]
-    return Votes(plan, torch.cat(counts).numpy(), num_draws)
+    return Votes(plan, torch.cat(counts).numpy(), num_draws, ModelForm.of(network))
 
 
 def _count(plan: Plan, tile: int, ahead: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,9 @@ Xie, Chen, Chen, Li, "CRFL" (ICML 2021), Algorithm 2: W_k = w + N(0, sigma^2 I) 
 loop runs from 0 to M, which are M + 1 draws; here M are M.
 
 Draw k has the generator (seed, "smoothing", stream, k) and is made on the CPU, so the noise depends on nothing else.
-Rounding depends on how work is cut, and would turn a vote where two logits nearly agree: such votes are counted in
-float64. So the counts are the same for every memory budget, and after every interruption.
+It is added in float64, where it is not rounded away. Rounding depends on how work is cut, and would turn a vote where
+two logits nearly agree: such votes are counted in float64. So the counts are the same for every memory budget, and
+after every interruption; they are of noise as it was drawn, not of noise that float32 weights could hold.
 """
 
 import math
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from certify.linear import LinearModel
 from certify.network import Network
-from certify.smoothing.votes import Plan, Votes, inputs_sha256, resumed
+from certify.precision import exact_arithmetic
+from certify.smoothing.votes import ModelForm, Plan, Votes, inputs_sha256, resumed
 from tasks.errors import CertificationError
 from tasks.rng import generator
 
@@ -25,7 +27,9 @@ MEMORY_BYTES = 64 << 20
 _IN_CACHE = 48 << 20  # bytes of one piece of work: beyond the cache every pass over its logits costs more
 _MOST_DRAWS = 128  # at once; hits are summed in uint8
 _CLOSE = 1e-4  # of the greatest logit: what float32 may be off by in a network that is not linear
-_SINGLE = 2.0**-24
+_UNITS = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+_FINE = 2.0**-14  # of the greatest parameter: with less noise than that float32 would leave most votes in doubt
+_LEAST = 2.0**-30  # of the greatest parameter: with less noise than that float64's own rounding is part of the votes
 
 
 def count_votes(
@@ -45,23 +49,36 @@ def count_votes(
         raise CertificationError(f"memory_bytes must be a whole number above 0, got {memory_bytes!r}")
     network = network.detach().to(device)
     plan = Plan("weights", sigma, seed, stream, num_draws, network.sha256(), inputs_sha256(inputs))
-    votes = resumed(plan, start, len(inputs), network.num_classes)
-    work = _work(network, inputs.to(network.vector().device), memory_bytes)
+    votes = resumed(plan, start, len(inputs), ModelForm.of(network))
+    work = _work(network, inputs.to(network.vector().device), memory_bytes, _resolution(network, sigma))
     while not votes.complete and not (should_stop is not None and should_stop()):
         draws = range(votes.num_draws, min(votes.num_draws + work.num_draws, num_draws))
-        counted = work.count(_noisy(network.vector(), sigma, seed, stream, draws))
+        with exact_arithmetic():
+            counted = work.count(_noisy(network.vector(), sigma, seed, stream, draws))
         votes = replace(votes, counts=votes.counts + counted.cpu().numpy(), num_draws=draws.stop)
         if on_progress is not None:
             on_progress(votes)
     return votes
 
 
+def _resolution(network: Network, sigma: float) -> float:
+    """Return sigma over the greatest parameter; raises `CertificationError` where float64 does not resolve it."""
+    vector = network.vector()
+    peak = float(vector.abs().amax()) if vector.numel() else 0.0
+    if sigma < _LEAST * peak:
+        advice = "use margins, or exact votes of a softmax regression"
+        raise CertificationError(
+            f"sigma {sigma:g} is below 2^-30 of the largest parameter, {peak:g}: sampling cannot resolve it; {advice}"
+        )
+    return sigma / peak if peak > 0 else math.inf
+
+
 def _noisy(vector: Tensor, sigma: float, seed: int, stream: str, draws: range) -> Tensor:
-    """Return noisy copies [draws, params] of `vector` [params], on its device."""
+    """Return noisy copies [draws, params] of `vector` [params] in float64, on its device."""
     noise = torch.empty(len(draws), vector.numel(), dtype=torch.float32)
     for row, draw in zip(noise, draws, strict=True):
         torch.randn(vector.numel(), generator=generator(seed, "smoothing", stream, draw), out=row)
-    return noise.to(vector).mul_(sigma).add_(vector)
+    return noise.to(device=vector.device, dtype=torch.float64).mul_(sigma).add_(vector)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,24 +86,30 @@ class _Linear:
     """A softmax regression: one matrix product for all draws and a tile of points."""
 
     model: LinearModel  # for shapes only
-    points: Tensor  # [points, features]
+    points: Tensor  # [points, features], in the type that the bulk is counted in
+    given: Tensor  # the same as they came
     norms: Tensor  # [points], of the points with a 1 appended
     num_draws: int
     tile: int
 
     def count(self, noisy: Tensor) -> Tensor:
-        """Return votes [points, classes] of noisy vectors [draws, params]."""
+        """Return votes [points, classes] of noisy vectors [draws, params] in float64."""
         classes, features = self.model.weight.shape
-        weight = noisy[:, : classes * features].reshape(-1, classes, features)
-        bias = noisy[:, classes * features :, None] if self.model.bias is not None else None
-        # |rounding of x w| <= gamma_n ||x|| ||w||, and twice that for a difference of two logits
-        unit = _SINGLE * (features + 2) / (1 - _SINGLE * (features + 2))
+        exact = noisy[:, : classes * features].reshape(-1, classes, features)
+        exact_bias = noisy[:, classes * features :, None] if self.model.bias is not None else None
+        weight = exact.to(self.points.dtype)
+        bias = None if exact_bias is None else exact_bias.to(self.points.dtype)
+        # |rounding of x w| <= gamma_n ||x|| ||w||, and twice that for a difference of two logits; the terms of n are
+        # products, sums, and the roundings of a weight and of an input
+        terms = _UNITS[self.points.dtype] * (features + 5)
+        unit = terms / (1 - terms)
         longest = weight.norm(dim=2).amax() if bias is None else (weight.norm(dim=2) + bias[:, :, 0].abs()).amax()
         parts = []
-        for points, norms in zip(self.points.split(self.tile), self.norms.split(self.tile), strict=True):
+        tiles = (part.split(self.tile) for part in (self.points, self.given, self.norms))
+        for points, given, norms in zip(*tiles, strict=True):
             logits = (weight.reshape(-1, features) @ points.T).view(-1, classes, len(points))
             logits = logits if bias is None else logits.add_(bias)
-            parts.append(_tally(logits, norms * (2.02 * unit * longest), self._again(points, weight, bias)))
+            parts.append(_tally(logits, norms * (2.02 * unit * longest), self._again(given, exact, exact_bias)))
         return torch.cat(parts)
 
     @staticmethod
@@ -95,8 +118,8 @@ class _Linear:
             """Return logits in float64 [pairs, classes] of pairs of a draw and a point."""
             kept = []
             for some, here in zip(draws.split(128), columns.split(128), strict=True):
-                exact = torch.einsum("ncd,nd->nc", weight[some].double(), points[here].double())
-                kept.append(exact if bias is None else exact + bias[some, :, 0].double())
+                exact = torch.einsum("ncd,nd->nc", weight[some], points[here].double())
+                kept.append(exact if bias is None else exact + bias[some, :, 0])
             return torch.cat(kept)
 
         return again
@@ -112,13 +135,13 @@ class _General:
     tile: int
 
     def count(self, noisy: Tensor) -> Tensor:
-        """Return votes [points, classes] of noisy vectors [draws, params]."""
-        parts = []
+        """Return votes [points, classes] of noisy vectors [draws, params] in float64."""
+        parts, rounded = [], noisy.to(self.network.vector().dtype)
         for points in self.points.split(self.tile):
             if len(noisy) == 1:
-                logits = self._forward(noisy[0], points)[None]
+                logits = self._forward(rounded[0], points)[None]
             else:
-                logits = torch.func.vmap(self._forward, in_dims=(0, None))(noisy, points)
+                logits = torch.func.vmap(self._forward, in_dims=(0, None))(rounded, points)
             logits = logits.transpose(1, 2)
             # one tolerance per point, from all the draws: the greatest logit there is
             close = _CLOSE * torch.nan_to_num(logits.abs(), 0.0, 0.0, 0.0).amax(dim=(0, 1))
@@ -133,7 +156,7 @@ class _General:
             exact = torch.empty(len(draws), self.network.num_classes, dtype=torch.float64, device=points.device)
             for draw in draws.unique().tolist():
                 chosen = draws == draw
-                exact[chosen] = self._forward(noisy[draw].double(), points[columns[chosen]].double())
+                exact[chosen] = self._forward(noisy[draw], points[columns[chosen]].double())
             return exact
 
         return again
@@ -157,17 +180,20 @@ def _tally(logits: Tensor, close: Tensor, again: Callable[[Tensor, Tensor], Tens
     return counts
 
 
-def _work(network: Network, points: Tensor, memory_bytes: int) -> "_Linear | _General":
+def _work(network: Network, points: Tensor, memory_bytes: int, resolution: float) -> "_Linear | _General":
     """Cut the work: draws at once and points at once, so that tensors stay within `memory_bytes`."""
     kinds = [layer.kind for layer in network.layers if layer.kind != "flatten"]
-    if kinds == ["linear"] and network.vector().dtype == torch.float32:
+    if kinds == ["linear"]:
         model = LinearModel.from_network(network)
-        points = points.reshape(len(points), -1).to(torch.float32)
+        single = network.vector().dtype == torch.float32 and resolution >= _FINE
+        given = points.reshape(len(points), -1)
+        points = given.to(torch.float32 if single else torch.float64)
         # logits, and the masks and votes made from them, take about 3 times the logits
-        draws, tile = _cut(len(points), 12 * model.num_classes, 8 * network.num_params, memory_bytes)
-        return _Linear(model, points, (points.square().sum(1) + 1).sqrt(), draws, tile)
+        per_pair, per_draw = (12 if single else 24) * model.num_classes, 20 * network.num_params
+        draws, tile = _cut(len(points), per_pair, per_draw, memory_bytes)
+        return _Linear(model, points, given, (points.square().sum(1) + 1).sqrt(), draws, tile)
     widest = max(math.prod(layer.input_shape) + math.prod(layer.output_shape) for layer in network.layers)
-    draws, tile = _cut(len(points), 8 * widest, 8 * network.num_params, memory_bytes)
+    draws, tile = _cut(len(points), 8 * widest, 20 * network.num_params, memory_bytes)
     return _General(network, points, draws, tile)
 
 

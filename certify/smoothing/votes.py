@@ -6,7 +6,7 @@ Draws are numbered from 0 and each has its own generator, so the number of draws
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from certify.network import HASHED_AT_ONCE, Network
 from tasks.errors import CertificationError, RecordError
 
 SCHEMA = 1
@@ -45,6 +46,25 @@ class Plan:
             raise CertificationError(f"stream must be a name, got {self.stream!r}")
 
 
+@dataclass(frozen=True)
+class ModelForm:
+    """What a network is, as far as a training record speaks of it."""
+
+    layers: tuple[str, ...]  # their kinds, but for flatten
+    num_classes: int
+    num_params: int
+    bias: bool  # of the last layer
+    dtype: str
+
+    @staticmethod
+    def of(network: Network) -> "ModelForm":
+        """Return the form of `network`."""
+        kinds = tuple(layer.kind for layer in network.layers if layer.kind != "flatten")
+        bias = bool(network.layers) and any(role == "bias" for role, _ in network.layers[-1].roles)
+        dtype = str(network.vector().dtype).removeprefix("torch.")
+        return ModelForm(kinds, network.num_classes, network.num_params, bias, dtype)
+
+
 @dataclass(frozen=True, eq=False)
 class Votes:
     """Votes per class [points, classes] of the first `num_draws` draws of a plan."""
@@ -52,6 +72,7 @@ class Votes:
     plan: Plan
     counts: NDArray[np.int64]
     num_draws: int
+    form: ModelForm | None = None  # of the model that voted; None for votes read from a file
 
     @property
     def complete(self) -> bool:
@@ -84,20 +105,24 @@ class Votes:
         return _read(path, described, counts)
 
 
-def resumed(plan: Plan, start: Votes | None, num_points: int, num_classes: int) -> Votes:
+def resumed(plan: Plan, start: Votes | None, num_points: int, form: ModelForm) -> Votes:
     """Return the state to go on from: `start` if it is of the same plan, the state before the first draw if None."""
     if start is None:
-        return Votes.none(plan, num_points, num_classes)
+        return replace(Votes.none(plan, num_points, form.num_classes), form=form)
     differ = [f.name for f in fields(Plan) if getattr(plan, f.name) != getattr(start.plan, f.name)]
     if set(differ) - {"num_draws"} or start.num_draws > plan.num_draws:
         raise CertificationError(f"votes can be resumed under their own plan only; {', '.join(differ)} differ")
-    return Votes(plan, start.counts.copy(), start.num_draws)
+    return Votes(plan, start.counts.copy(), start.num_draws, form)
 
 
 def inputs_sha256(inputs: torch.Tensor) -> str:
-    """Return the SHA-256 of inputs as float32, with their shape: the identity of the points of a certificate."""
+    """Return the SHA-256 of inputs as float64, with their shape: the identity of the points of a certificate.
+
+    It is the same for the same numbers in every type, and differs where any number does.
+    """
     digest = hashlib.sha256(json.dumps(list(inputs.shape)).encode())
-    digest.update(inputs.detach().cpu().numpy().astype("<f4").tobytes())
+    for piece in inputs.detach().reshape(-1).split(HASHED_AT_ONCE):
+        digest.update(piece.cpu().to(torch.float64).numpy().astype("<f8").tobytes())
     return digest.hexdigest()
 
 

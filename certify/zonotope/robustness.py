@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from certify.network import Network
+from certify.precision import exact_arithmetic
 from certify.zonotope.backward import Propagation
 from certify.zonotope.canvas import Memory
 from certify.zonotope.forward import forward_zonotope, zonotope_margins
@@ -107,11 +108,12 @@ def check(
     run = _Run(network.detach(), eps, method, input_range, direction, memory_bytes, should_stop)
     where = _device(network, device)
     inputs, labels = inputs.detach().to(where), labels.to(where)
-    first = run.samples(inputs, labels, dtype, on_progress).copy()
-    open_cases = first.open_cases() if dtype == torch.float32 else torch.zeros(0, dtype=torch.int64)
-    if open_cases.numel():
-        index = open_cases.to(where)
-        first.put(open_cases, run.samples(inputs[index], labels[index], torch.float64, None))
+    with exact_arithmetic():
+        first = run.samples(inputs, labels, dtype, on_progress).copy()
+        open_cases = first.open_cases() if dtype == torch.float32 else torch.zeros(0, dtype=torch.int64)
+        if open_cases.numel():
+            index = open_cases.to(where)
+            first.put(open_cases, run.samples(inputs[index], labels[index], torch.float64, None))
     return first.result(method, eps, open_cases.numel())
 
 
@@ -135,7 +137,8 @@ def margin_bounds(
     where = _device(network, None)
     box = input_box(inputs.to(where), eps, input_range, dtype)
     run = _Run(network, eps, method, input_range, "backward", memory_bytes, None)
-    return run.bounds(build_graph(network), network, box, labels.to(where))[0]
+    with exact_arithmetic():
+        return run.bounds(build_graph(network), network, box, labels.to(where))[0]
 
 
 @dataclass(eq=False)
@@ -314,7 +317,8 @@ class _Run:
 
 def _clean_margin(network: Network, inputs: Tensor, labels: Tensor) -> Tensor:
     """Return z_y - max of the others in float64, NaN where a logit is not finite."""
-    logits = torch.cat([network.forward(part.double()) for part in inputs.split(128)])
+    together = max(1, min(128, 2**24 // network.widest))
+    logits = torch.cat([network.forward(part.double()) for part in inputs.split(together)])
     own = logits.gather(1, labels[:, None])[:, 0]
     margin = own - logits.scatter(1, labels[:, None], -torch.inf).amax(1)
     return torch.where(torch.isfinite(logits).all(1), margin, torch.full_like(margin, torch.nan))

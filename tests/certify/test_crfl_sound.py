@@ -395,9 +395,15 @@ def test_the_marginal_form_wants_votes_of_trainings() -> None:
     one = Evidence.exact(network, POINTS, world.sigma)
     with pytest.raises(CertificationError, match="law_of_votes"):
         certify_crfl(record, one, form="marginal")
-    many = replace(one, independent_trainings=True)
+    with pytest.raises(CertificationError, match="law_of_votes"):
+        certify_crfl(record, replace(one, independent_trainings=True), form="marginal")
+    many = replace(one, independent_trainings=True, method="given")
     certificates = certify_crfl(record, many, form="marginal")
-    assert {a.name: a.status for a in certificates[0].assumptions}["law_of_votes"] == "checked"
+    assert {a.name: a.status for a in certificates[0].assumptions}["law_of_votes"] == "stated"
+    counts, hashes = np.array([[3, 0, 0]] * len(POINTS)), tuple(f"{i:064x}" for i in range(3))
+    for trainings, status in ((hashes, "checked"), (hashes[:2], "violated"), ((SHA,) * 3, "violated")):
+        found = replace(many, counts=counts, trainings=trainings)
+        assert {a.name: a.status for a in assumptions(record, found, "marginal")}["law_of_votes"] == status
     last = record.rounds[0]
     assert coupled.marginal_start_norm(record) == pytest.approx(math.hypot(last.clip_norm or 0, 0.05 * math.sqrt(12)))
     assert coupled.marginal_start_norm(replace(record, attack_round=1)) == record.start_norm

@@ -139,7 +139,7 @@ DAMAGE: dict[str, tuple[Callable[[list[bytes]], list[bytes]], str]] = {
     "NaN": (edit(4, lambda line: line.replace(b'"radius":', b'"radius":NaN,"r":')), "line 4: .*NaN"),
     "no header": (lambda lines: lines[1:], "line 1: the first line must be the header"),
     "header": (edit(1, lambda line: line.replace(b'"joint":false', b'"joint":0')), "line 1: .*joint must be bool"),
-    "newer": (edit(1, lambda line: line.replace(b'"schema":1', b'"schema":2')), "line 1: .*schema 1, got 2"),
+    "newer": (edit(1, lambda line: line.replace(b'"schema":2', b'"schema":3', 1)), "line 1: .*schema 2, got 3"),
     "labels": (edit(1, lambda line: line.replace(b'"labels":[', b'"labels":[3,')), "line 1: .*one label each"),
     "kind": (edit(1, lambda line: line.replace(b'"kind":"smooth"', b'"kind":"x"')), "line 1: .*kind 'x'"),
 }

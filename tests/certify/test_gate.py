@@ -21,9 +21,11 @@ from tasks.errors import CertificationError, ConfigError
 
 
 def metrics(
-    normal: float = 0.9, pgd: float = 0.8, certified: float = 0.7, loss: float = 0.5, *, margin: float | None = None,
-    temperature: float | None = None, relative: float | None = None, protocol: str = "p", eps: float = 0.1,
+    normal: float = 0.9, pgd: float = 0.8, certified: float = 0.7, loss: float = 0.5, *, margin: Any = ...,
+    temperature: Any = ..., relative: float | None = 0.0, protocol: str = "p", eps: float = 0.1,
 ) -> GateMetrics:  # fmt: skip
+    """Return metrics; the probes find what cross-entropy PGD finds unless told otherwise, None is not measured."""
+    margin, temperature = (pgd if probe is ... else probe for probe in (margin, temperature))
     bound = BoundMetrics(eps=eps, certified_accuracy=certified, mean_loss=loss, relative_margin=relative)
     return GateMetrics(
         protocol=protocol, normal_accuracy=normal, pgd_accuracy=pgd, bounds=(bound,),
@@ -143,9 +145,23 @@ def test_what_is_not_finite_is_rejected(name: str, value: float, state: GateStat
 def test_an_accuracy_of_zero_is_said_to_show_nothing() -> None:
     decision = decide(metrics(certified=0.0), after(metrics(certified=0.0)), PAPER)
     assert decision.accepted
-    assert decision.notes == (
-        "uninformative: certified accuracy at 0.1 of the last accepted model is 0, so any value passes",
+    assert "uninformative: certified accuracy at 0.1 of the last accepted model is 0, so any value passes" in (
+        decision.notes
     )
+    assert any("nothing is certified at 0.1" in note for note in decision.notes)
+    frozen = decide(metrics(loss=0.1), after(metrics(loss=0.0)), PAPER)
+    assert not frozen.accepted
+    assert any("mean loss at 0.1 of the last accepted model is 0" in note for note in frozen.notes)
+    blind = decide(replace(metrics(margin=None, temperature=None), bounds=()), GateState(), PAPER)
+    assert blind.accepted
+    assert any("no radius" in note for note in blind.notes)
+    assert any("no probe" in note for note in blind.notes)
+
+
+def test_the_paper_does_not_judge_probes_and_says_so() -> None:
+    decision = decide(metrics(margin=0.0, temperature=0.0), after(metrics()), PAPER)
+    assert decision.accepted
+    assert any(note.startswith("not judged by paper: margin-loss") for note in decision.notes)
 
 
 # ---- what hardening adds
@@ -178,12 +194,70 @@ def test_a_rejected_round_leaves_the_anchor_alone() -> None:
 
 def test_the_warm_up_accepts_and_then_the_gate_closes() -> None:
     rule, state = policy("hardened", warmup_rounds=2), GateState()
-    for normal in (0.9, 0.2):
+    for normal in (0.9, 0.5):
         decision = decide(metrics(normal=normal), state, rule)
         assert decision.accepted
         state = decision.state
-    assert state.best == metrics(normal=0.2)  # what the warm-up began with is no anchor
-    assert not decide(metrics(normal=0.1), state, rule).accepted
+    assert state.best == metrics(normal=0.5)  # what the warm-up began with is no anchor
+    assert not decide(metrics(normal=0.35), state, rule).accepted
+
+
+def test_bad_models_of_the_warm_up_never_become_the_anchor() -> None:
+    state = GateState()
+    for normal, pgd in ((0.1, 0.1), (0.1, 0.0), (0.09, 0.0), (0.9, 0.2)):
+        decision = decide(metrics(normal, pgd, 0.0), state, HARDENED)
+        assert decision.accepted
+        assert any("below the floor 0.3" in note for note in decision.notes)
+        state = decision.state
+        assert state.best is None
+    state = decide(metrics(0.6, 0.4, 0.0), state, HARDENED).state
+    assert state.best == metrics(0.6, 0.4, 0.0)
+    assert not decide(metrics(0.1, 0.1, 0.0), state, HARDENED).accepted
+
+
+def test_the_warm_up_does_not_fall_back_below_the_floor() -> None:
+    state = decide(metrics(), GateState(), HARDENED).state
+    decision = decide(metrics(normal=0.2), state, HARDENED)
+    assert not decision.accepted
+    assert decision.reasons == (
+        "warm-up: normal accuracy 0.2 is below the floor 0.3, which the last accepted had reached",
+    )
+
+
+@pytest.mark.parametrize("drift", ["loss", "relative"])
+def test_losses_and_relative_margins_cannot_drift_where_nothing_is_certified(drift: str) -> None:
+    values, state, accepted = {"loss": 1.0, "relative": -0.5}, GateState(), 0
+    for _ in range(40):
+        decision = decide(metrics(certified=0.0, **values), state, HARDENED)
+        if not decision.accepted:
+            break
+        state, accepted = decision.state, accepted + 1
+        step = 0.1 * values["loss"] + 0.009 if drift == "loss" else 0.24 * max(1, abs(values["relative"]))
+        values[drift] += step
+    assert decision.reasons
+    assert all(reason.startswith("drift: ") for reason in decision.reasons)
+    assert accepted < 10
+    assert state.last_accepted is not None
+    assert state.last_accepted.bounds[0].mean_loss <= 1.6 * 1.2
+    assert (state.last_accepted.bounds[0].relative_margin or 0.0) <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("candidate", "missing"),
+    [
+        (metrics(margin=None), "margin-loss PGD"),
+        (metrics(temperature=None), "temperature PGD"),
+        (metrics(relative=None), "relative margin at 0.1"),
+        (replace(metrics(), bounds=()), "bounds at a radius above 0"),
+        (metrics(eps=0.0), "bounds at a radius above 0"),
+    ],
+)
+@pytest.mark.parametrize("later", [False, True])
+def test_hardened_rejects_what_was_not_measured(candidate: GateMetrics, missing: str, later: bool) -> None:
+    decision = decide(candidate, after(candidate) if later else GateState(), HARDENED)
+    assert not decision.accepted
+    assert any(reason.startswith("not measured") and missing in reason for reason in decision.reasons)
+    assert decide(candidate, GateState(), PAPER).accepted
 
 
 # Accuracies of a replica of the paper's MNIST network under PGD at 0.25: cross-entropy at 1 and 100, margin loss.
@@ -243,7 +317,7 @@ def test_accepting_and_giving_reasons_exclude_each_other(values: tuple[float, ..
 
 
 def test_models_measured_differently_are_not_compared() -> None:
-    for other in (metrics(protocol="q"), metrics(eps=0.2), metrics(margin=0.8)):
+    for other in (metrics(protocol="q"), metrics(eps=0.2), metrics(margin=None)):
         with pytest.raises(CertificationError, match="same"):
             decide(other, after(metrics()), PAPER)
 
@@ -274,6 +348,11 @@ def test_policies_are_found_by_name_and_their_settings_checked() -> None:
         ("paper", {"two_sided": 1}),
         ("paper", {"warmup_rounds": 1.0}),
         ("paper", {"name": "mine"}),
+        ("hardened", {"accuracy_share": 10**400}),
+        ("hardened", {"anchor_loss_share": 10**400}),
+        ("hardened", {"warmup_rounds": 10**9}),
+        ("hardened", {"probes": 1}),
+        ("hardened", {"accuracy_floor": 1.1}),
     ]:
         with pytest.raises(ConfigError):
             policy(name, **options)

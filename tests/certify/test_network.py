@@ -239,3 +239,50 @@ def test_a_conv_with_everything_matches_pytorch() -> None:
     network = Network.from_module(module, (4, 9, 8))
     torch.testing.assert_close(network.forward(inputs), module(inputs))
     torch.testing.assert_close(network.folded().forward(inputs), module(inputs), rtol=1e-4, atol=1e-5)
+
+
+ONE: dict[str, Any] = {"w": torch.ones(1, 1, 1, 1), "v": torch.ones(2, 1)}
+
+
+@pytest.mark.parametrize(
+    ("layers", "text"),
+    [
+        (  # 3 parameters and one pixel, 67 million numbers in between
+            [{"kind": "conv2d", "weight": "w", "padding": 4095}, {"kind": "avg_pool2d", "kernel": 4096}],
+            "a padded image may have",
+        ),
+        ([{"kind": "conv2d", "weight": "w", "padding": 2000, "stride": 4000}], "a padded image may have"),
+        ([{"kind": "conv2d", "weight": "w", "padding": 900}] * 3, "a padded image may have"),
+        ([{"kind": "conv2d", "weight": "w", "padding": 1000}] + [{"kind": "relu"}] * 50, "all outputs together"),
+        ([{"kind": "conv2d", "weight": "w", "padding": 4097}], "whole numbers from 0 to 4096"),
+        (
+            [
+                {"kind": "conv2d", "weight": "w", "padding": 900},
+                {"kind": "avg_pool2d", "kernel": 701, "stride": 1},
+            ],
+            "multiplications per sample",
+        ),
+    ],
+)
+def test_a_few_parameters_cannot_ask_for_much_memory_or_work(layers: Any, text: str) -> None:
+    with pytest.raises(CertificationError, match=text):
+        Network.from_parts([*layers, {"kind": "flatten"}, {"kind": "linear", "weight": "v"}], ONE, (1, 1, 1))
+
+
+def test_what_a_network_takes_is_counted() -> None:
+    module = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    network = Network.from_module(module, (1, 4, 4))
+    assert network.operations == 64 * 9 + 64 + 64 + 3 * 64
+    assert network.widest == 64
+    assert network.num_kept == 16 + 64 + 64 + 64 + 3
+
+
+@pytest.mark.parametrize("number", [10**400, -(10**400), 10**5000], ids=["long", "negative", "too long to print"])
+def test_integers_that_no_float_holds_are_refused(number: int) -> None:
+    for layer, text in (
+        ({"kind": "normalise", "mean": [number], "std": [1.0]}, "finite numbers"),
+        ({"kind": "avg_pool2d", "kernel": number}, "whole numbers"),
+        ({"kind": number}, "unknown kind"),
+    ):
+        with pytest.raises(CertificationError, match=text):
+            Network.from_parts([layer], {}, (1, 1, 1))

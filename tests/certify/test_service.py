@@ -155,7 +155,7 @@ def test_the_papers_certificate_travels_with_what_is_broken(client: CertifyClien
     kinds: dict[str, Any] = {"certificate": "paper", "level": "client", "change_norm": 0.1}
     asked: dict[str, Any] = {"sigma": 0.1, "num_draws": 400, "seed": 1}
     votes, found = client.certify(network, inputs, record(), **asked, **kinds, alpha=0.01, bounds="crfl_top_two")
-    local = Evidence.from_votes(votes, crfl_top_two(votes.counts, 400, 0.01))
+    local = Evidence.from_votes(votes, crfl_top_two(votes.counts, 400, 0.01), network=network)
     with pytest.warns(BrokenAssumption):
         assert found == certify_crfl(record(), local, **kinds)
     assert all(certificate.violated for certificate in found)

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 import socket
 import threading
 import time
@@ -24,15 +25,18 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from torch import Tensor, nn
 
+from certify.gate import GateState
 from certify.network import Network
 from certify.service import certify_pb2 as pb
 from certify.service import certify_pb2_grpc as rpc
 from certify.service import wire
-from certify.service.auth import is_loopback
+from certify.service.auth import check_exposure, is_loopback
 from certify.service.client import CertifyClient, ServiceError
 from certify.service.limits import Limits
+from certify.service.measure import GateSettings
 from certify.service.queue import Tick
 from certify.service.serve import RunningService, choose_device, start
+from certify.service.status import status_of
 from certify.service.store import Store, StoreFullError
 from certify.smoothing.sampled import count_votes
 from tasks.errors import ConfigError
@@ -245,7 +249,7 @@ def test_two_hundred_megabytes_arrive_whole(tmp_path: Path) -> None:
 
 
 def test_the_least_used_upload_makes_room_and_comes_again_when_asked_for(tmp_path: Path) -> None:
-    limits = Limits(max_store_bytes=3 * len(MODEL) + 6000)
+    limits = Limits(max_store_bytes=4 * len(MODEL))  # the set takes the fourth place
     with (
         start(store=tmp_path, device="cpu", limits=limits) as service,
         CertifyClient(f"127.0.0.1:{service.port}", timeout=60.0) as client,
@@ -689,3 +693,123 @@ def test_a_disk_that_is_full_is_a_store_that_is_full(tmp_path: Path, monkeypatch
     assert not list((tmp_path / "incoming").iterdir())
     assert store.read("results", "0" * 64) is None
     store.close()
+
+
+def put(store: Store, content: bytes) -> str:
+    with store.receive(len(content)) as incoming:
+        incoming.write(content)
+        return store.commit("models", incoming)
+
+
+def test_an_upload_that_is_only_announced_takes_no_room(tmp_path: Path) -> None:
+    store = Store(tmp_path, max_bytes=1000)
+    first = put(store, b"a" * 400)
+    with store.receive(900), store.receive(900), store.receive(900) as incoming:
+        incoming.write(b"b" * 800)
+        assert store.has("models", first)  # nor do bytes before all of them are there
+    assert store.has("models", first)
+    second = put(store, b"c" * 900)
+    assert (store.has("models", first), store.has("models", second)) == (False, True)
+    with pytest.raises(StoreFullError, match="no room"), store.receive(1001):
+        pass
+    with store.receive(600) as one, store.receive(600) as other:
+        one.write(b"d" * 600)
+        with pytest.raises(StoreFullError, match="no room"):
+            other.write(b"e" * 600)
+    put(store, b"f" * 1000)  # what was broken off gave its room back
+    store.close()
+
+
+def test_what_is_in_use_stays_where_another_wants_its_room(tmp_path: Path) -> None:
+    store = Store(tmp_path, max_bytes=1000)
+    first = put(store, b"a" * 600)
+    with store.use("models", first), pytest.raises(StoreFullError, match="in use"):
+        put(store, b"b" * 600)
+    assert store.has("models", first)
+    assert not list((tmp_path / "incoming").iterdir())
+    store.close()
+
+
+def test_results_have_a_quota_of_their_own_and_never_block_an_upload(tmp_path: Path) -> None:
+    store = Store(tmp_path, max_bytes=1000, max_result_bytes=1000)
+    for number in range(3):
+        store.write("results", f"{number}" * 64, b"x" * 400)
+        os.utime(tmp_path / "results" / (f"{number}" * 64), (number, number))
+    kept = [store.read("results", f"{number}" * 64) is not None for number in range(3)]
+    assert kept == [False, True, True]  # the oldest made room
+    with pytest.raises(StoreFullError, match="more than all results"):
+        store.write("results", "3" * 64, b"x" * 5000)
+    store.write("progress", "4" * 64, b"x" * 100)
+    store.write("results", "5" * 64, b"x" * 100)
+    assert store.read("progress", "4" * 64) is None  # before any result
+    put(store, b"a" * 1000)
+    assert sum(file.stat().st_size for file in (tmp_path / "results").iterdir()) <= 1000
+    store.close()
+
+
+def test_a_caller_has_few_uploads_at_a_time(tmp_path: Path) -> None:
+    content = header(MODEL)
+    leave = threading.Event()
+
+    def silent() -> Iterator[pb.UploadRequest]:
+        yield content
+        leave.wait(20)
+
+    with (
+        start(store=tmp_path, device="cpu", limits=Limits(max_uploads=2)) as service,
+        grpc.insecure_channel(f"127.0.0.1:{service.port}") as channel,
+    ):
+        stub = rpc.CertifyServiceStub(channel)
+        open_calls = [stub.UploadModel.future(silent()) for _ in range(2)]
+        wait_until(lambda: len(list((tmp_path / "incoming").iterdir())) == 2)
+        assert code_of(lambda: stub.UploadModel(iter([content]))) == "RESOURCE_EXHAUSTED"
+        leave.set()
+        for call in open_calls:
+            assert call.exception().code().name == "DATA_LOSS"
+        assert stub.UploadModel(iter([content, chunk(MODEL)])).id
+
+
+# ---- work and memory beyond what one request may take
+
+
+@pytest.mark.parametrize(
+    ("limit", "text"), [({"max_operations": 1000}, "multiplications"), ({"max_batch_bytes": 100}, "bytes")]
+)
+def test_work_that_is_too_much_is_refused_before_it_starts(limit: dict[str, int], text: str, tmp_path: Path) -> None:
+    with (
+        start(store=tmp_path, device="cpu", limits=Limits(**limit)) as service,
+        CertifyClient(f"127.0.0.1:{service.port}", attempts=1) as client,
+    ):
+        settings = GateSettings(eps=(0.1,), attack_eps=0.1, attack_steps=2)
+        for ask in (
+            lambda: client.count_votes(network(), points()[0], sigma=0.1, num_draws=50, seed=1),
+            lambda: client.check(network(), *points(), eps=0.1),
+            lambda: client.gate(network(), points(), points(), settings, state=GateState()),
+        ):
+            with pytest.raises(ServiceError, match=text) as refused:
+                ask()
+            assert refused.value.code == "OUT_OF_RANGE"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried 8 bytes",
+        "DefaultCPUAllocator: not enough memory",
+        "CUDA error: out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)",
+    ],
+)
+def test_an_allocation_that_fails_is_a_lack_of_memory(text: str) -> None:
+    assert status_of(RuntimeError(text))[0] == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert status_of(RuntimeError("shapes differ"))[0] == grpc.StatusCode.INTERNAL
+
+
+def test_tls_alone_does_not_open_a_service_to_everyone() -> None:
+    known: dict[str, Any] = {"tls": True, "token": None, "insecure": False}
+    with pytest.raises(ConfigError, match="--tls-client-ca"):
+        check_exposure("0.0.0.0", **known)
+    check_exposure("127.0.0.1", **known)
+    check_exposure("0.0.0.0", **known, client_ca=True)
+    check_exposure("0.0.0.0", **known | {"token": "x" * 32})
+    check_exposure("0.0.0.0", **known | {"insecure": True})

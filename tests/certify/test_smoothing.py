@@ -209,7 +209,7 @@ def _one_by_one(network: Network, inputs: torch.Tensor, sigma: float, num_draws:
     vector = network.vector()
     for draw in range(num_draws):
         noise = torch.randn(vector.numel(), generator=generator(seed, "smoothing", "votes", draw))
-        labels = network.with_vector((noise * sigma + vector).double()).forward(inputs.double()).argmax(1)
+        labels = network.with_vector(noise.double() * sigma + vector.double()).forward(inputs.double()).argmax(1)
         counts[np.arange(len(inputs)), labels.numpy()] += 1
     return counts
 
@@ -328,3 +328,63 @@ def test_points_must_be_finite() -> None:
     with pytest.raises(CertificationError, match="input of zeros"):
         exact_votes(LinearModel.from_network(linear(bias=False)), torch.zeros(1, 12), 0.1)
     assert inputs_sha256(torch.zeros(2, 3)) != inputs_sha256(torch.zeros(3, 2))
+
+
+# ---- numbers at the ends of a type
+
+
+@pytest.mark.parametrize("sigma", [3e-8, 1e-7, 1e-6, 1e-5])
+def test_noise_finer_than_float32_weights_is_not_rounded_away(sigma: float) -> None:
+    """Weights of 1 step by 1.2e-7 in float32, and the two logits differ by a few deviations of the noise."""
+    gap = torch.tensor([200 * sigma, 0.0])
+    described: list[dict] = [{"kind": "linear", "weight": "w", "bias": "b"}]
+    tensors = {"w": torch.ones(2, 1), "b": gap}
+    network = Network.from_parts(described, tensors, (1,))
+    exact = exact_votes(LinearModel.from_network(network), torch.tensor([[100.0]]), sigma).probabilities[0]
+    votes = count_votes(network, torch.tensor([[100.0]]), sigma=sigma, num_draws=2000, seed=1)
+    assert stats.chisquare(votes.counts[0], 2000 * exact / exact.sum()).pvalue > 1e-3
+
+
+def test_noise_that_float64_cannot_resolve_is_refused() -> None:
+    network = Network.from_parts([{"kind": "linear", "weight": "w"}], {"w": torch.ones(2, 1)}, (1,))
+    with pytest.raises(CertificationError, match=r"below 2\^-30 of the largest parameter"):
+        count_votes(network, torch.ones(1, 1), sigma=9e-10, num_draws=5, seed=1)
+    assert count_votes(network, torch.ones(1, 1), sigma=1e-9, num_draws=5, seed=1).complete
+
+
+def test_points_have_one_identity_and_other_points_another() -> None:
+    numbers = torch.tensor([[1 + 1e-9], [0.5]], dtype=torch.float64)
+    others = torch.tensor([[1 - 1e-9], [0.5]], dtype=torch.float64)
+    assert inputs_sha256(numbers) != inputs_sha256(others), "two points on two sides of a boundary"
+    single = torch.rand(3, 4, generator=generator(1, "points"))
+    assert inputs_sha256(single) == inputs_sha256(single.double())
+    assert inputs_sha256(single.bfloat16()) == inputs_sha256(single.bfloat16().float())
+
+
+def test_margins_of_numbers_whose_squares_underflow() -> None:
+    tiny = LinearModel(np.array([[1.0], [-1.0]]), None)
+    label, shift = tiny.shifts_lower(np.array([[1e-200], [1e-320], [0.0], [1e200]]))
+    assert label.tolist() == [0, ABSTAINED, ABSTAINED, 0]
+    assert shift[[0, 3]] == pytest.approx(math.sqrt(2))
+    assert (shift[[0, 3]] <= math.sqrt(2)).all()
+    assert shift[[1, 2]].tolist() == [0.0, 0.0], "errors near the smallest number, and no logits at all"
+
+
+def test_labels_of_tiny_models_are_right_or_none() -> None:
+    """Weights nearly orthogonal to the input, at sizes whose squares are 0 in float64: the sign by 50 digits."""
+    rng = np.random.default_rng(0)
+    sure = 0
+    for size in (1e-170, 1e-100, 1.0, 1e-310):
+        for _ in range(400):
+            weight, x = rng.normal(size=(2, 3))
+            weight[2] = -(weight[0] * x[0] + weight[1] * x[1]) / x[2] * rng.choice([1.0, 1.01])
+            model = LinearModel(np.stack([weight * size, np.zeros(3)]), np.zeros(2))
+            label, shift = model.shifts_lower(x[None])
+            assert np.isfinite(shift).all()
+            with mpmath.workdps(50):
+                above = mpmath.fdot([mpmath.mpf(float(w)) for w in model.weight[0]], [mpmath.mpf(float(v)) for v in x])
+                norm = mpmath.sqrt(mpmath.fsum(mpmath.mpf(float(v)) ** 2 for v in x) + 1)
+                assert label[0] in (ABSTAINED, 0 if above > 0 else 1)
+                assert shift[0] <= abs(above) / (mpmath.sqrt(2) * norm)
+            sure += label[0] != ABSTAINED
+    assert sure > 300

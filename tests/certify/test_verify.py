@@ -20,10 +20,11 @@ from certify.files.header import Header
 from certify.files.lines import CertificateFile, read, write
 from certify.files.make import make_file
 from certify.files.settings import CrflSettings, VoteSettings, ZonotopeSettings
-from certify.files.subject import Subject, from_run
+from certify.files.subject import Subject, from_run, load_record
 from certify.linear import LinearModel
 from certify.verify import Verdict, verify
 from tasks import spec
+from tasks.errors import RecordError
 from tasks.model import build
 from tasks.params import Layout, model_vector
 from tasks.rng import generator
@@ -326,11 +327,107 @@ def test_a_training_record_that_is_not_the_runs_is_found(subject: Subject, folde
     file = made(subject, tmp_path / "c.jsonl", CrflSettings(votes=WAYS["margin"], form="margin"), **record)
     verdict = verify(file)
     assert named(verdict) == {(1, "the training record's work")}
-    away = dataclasses.replace(file.header, record_file="gone.json")
-    write(file.path, away, file.certificates)
-    verdict = verify(read(file.path))
-    assert verdict.good
-    assert any("--record" in note for note in verdict.notes)
+
+
+@pytest.mark.parametrize("told", [None, "gone.json", "forged.json"])
+def test_a_record_that_is_not_the_runs_own_is_a_finding(told: str | None, subject: Subject, tmp_path: Path) -> None:
+    weak = training_record(label_flips=False, start_norm=0.0)
+    weak.save(tmp_path / "forged.json")  # beside the certificates, as the file says
+    bare = copy_of_model(subject, tmp_path / "model")
+    known: dict[str, Any] = {"record": weak, "record_file": told}
+    for place, finding in ((bare, "the training record"), (subject, "the training record's label_flips")):
+        out = tmp_path / f"{finding[-5:]}.jsonl"
+        file = made(place, out, CrflSettings(votes=WAYS["margin"], form="margin"), **known)
+        assert (1, finding) in named(verify(file))
+    file = made(bare, tmp_path / "c.jsonl", CrflSettings(votes=WAYS["margin"], form="margin"), **known)
+    allowed = verify(file, allow_unrecorded=True)
+    assert allowed.good
+    assert any("not compared" in note for note in allowed.notes)
+    assert any(str(file.header.record_sha256) in note for note in allowed.notes)
+    assert verify(file, record_file=tmp_path / "forged.json").good  # the verifier's own word for it
+    assert not verify(file, record_file=subject.file.parent / "crfl.json").good
+
+
+def copy_of_model(subject: Subject, folder: Path) -> Subject:
+    """Return the subject with its model in a folder that has no training record."""
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(subject.file.read_bytes())
+    return dataclasses.replace(subject, file=folder / "model.safetensors")
+
+
+def test_a_record_of_another_model_or_with_too_short_a_norm_is_found(
+    subject: Subject, folder: Path, tmp_path: Path
+) -> None:
+    for entries, what in (
+        ({"model_sha256": "0" * 64}, "the training record's model"),
+        ({"data_norm_bound": 0.01, "data_norm_found": 0.01}, "the training record's data_norm_bound"),
+    ):
+        record = training_record(**entries)
+        record.save(tmp_path / "own.json")
+        settings = CrflSettings(votes=WAYS["margin"], form="margin")
+        file = made(subject, tmp_path / f"{what[-5:]}.jsonl", settings, record=training_record())
+        write(file.path, dataclasses.replace(file.header, record=record), file.certificates)
+        file = read(file.path)
+        assert (1, what) in named(verify(file, record_file=tmp_path / "own.json"))
+
+
+def test_the_hash_of_the_record_is_the_records(subject: Subject, folder: Path, tmp_path: Path) -> None:
+    settings = CrflSettings(votes=WAYS["margin"], form="margin")
+    file = made(subject, tmp_path / "c.jsonl", settings, record=training_record())
+    text = file.path.read_text()
+    file.path.write_text(text.replace(str(file.header.record_sha256), "0" * 64))
+    with pytest.raises(RecordError, match="record_sha256"):
+        read(file.path)
+
+
+@pytest.mark.parametrize("way", ["exact", "margin"])
+def test_votes_that_nobody_drew_are_found(way: str, subject: Subject, tmp_path: Path) -> None:
+    file = made(subject, tmp_path / "c.jsonl", WAYS[way])
+    text = file.path.read_text()
+    assert (3, "counts") in named(change(file, 3, lambda c: c.update(counts=[300] + [0] * 9)))
+    file.path.write_text(text)
+    verdict = change(file, 3, lambda c: c["parameters"].update(selection_counts=[50] + [0] * 9))
+    assert (3, "selection_counts") in named(verdict)
+
+
+def test_votes_in_bounds_on_inputs_are_found(copy: CertificateFile) -> None:
+    assert (4, "counts") in named(change(copy, 4, lambda c: c.update(counts=[1, 2])))
+    assert (4, "selection_counts") in named(change(copy, 4, lambda c: c["parameters"].update(selection_counts=None)))
+
+
+def test_a_selection_that_is_the_counts_again_is_found_even_in_a_sample(subject: Subject, tmp_path: Path) -> None:
+    noisy = dataclasses.replace(TWO_STAGE, sigma=0.5, selection_draws=300)
+    file = made(subject, tmp_path / "c.jsonl", noisy)
+    assert (1, "the selection") not in named(verify(file, sample=1))
+    certificates = [
+        dataclasses.replace(c, parameters={**c.parameters, "selection_counts": c.counts}) for c in file.certificates
+    ]
+    write(file.path, file.header, certificates)
+    assert (1, "the selection") in named(verify(read(file.path), sample=1))
+
+
+def test_a_header_says_each_thing_once(subject: Subject, tmp_path: Path) -> None:
+    file = made(subject, tmp_path / "c.jsonl", TWO_STAGE)
+    text = file.path.read_text()
+    file.path.write_text('{"versions":{"other":"1"},' + text[1:])
+    with pytest.raises(RecordError, match=r"line 1: .*'versions'.* twice"):
+        read(file.path)
+
+
+@pytest.mark.parametrize("digits", [400, 5000])
+def test_huge_integers_are_refused_with_their_line(digits: int, subject: Subject, folder: Path, tmp_path: Path) -> None:
+    settings = CrflSettings(votes=WAYS["margin"], form="margin")
+    file = made(subject, tmp_path / "c.jsonl", settings, record=training_record())
+    text = file.path.read_text()
+    for old in ('"sigma":0.0', '"smoothing_sigma": 0.05', '"smoothing_sigma":0.05'):
+        if old in text:
+            file.path.write_text(text.replace(old, old.split(":")[0] + ":1" + "0" * digits, 1))
+            with pytest.raises(RecordError, match="line 1"):
+                read(file.path)
+    huge = (folder / "crfl.json").read_text().replace('"smoothing_sigma": 0.05', '"smoothing_sigma": 1' + "0" * digits)
+    (tmp_path / "huge.json").write_text(huge)
+    with pytest.raises(RecordError):
+        load_record(tmp_path / "huge.json")
 
 
 WORK = training_record().work
@@ -340,7 +437,9 @@ def test_a_record_that_no_longer_allows_the_claim_is_found(subject: Subject, fol
     for settings in (CrflSettings(votes=WAYS["margin"], form="margin"), CrflSettings(votes=TWO_STAGE)):
         record: dict[str, Any] = {"record": training_record(), "record_file": str(folder / "crfl.json")}
         file = made(subject, tmp_path / f"{settings.votes.way}.jsonl", settings, **record)
-        verdict = change(file, 1, lambda h: h["record"].update(momentum=0.9))
+        changed = dataclasses.replace(file.header, record=training_record(momentum=0.9))
+        write(file.path, changed, file.certificates)
+        verdict = verify(read(file.path))
         assert (1, "the training record's momentum") in named(verdict)
         assert any("plain_sgd" in finding.found for finding in verdict.findings)
 
