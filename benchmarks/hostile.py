@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from strategies.context import needs
 from strategies.pipeline import Pipeline, ServerStep
 from strategies.population import Population
 from strategies.robust import RobustStrategy
@@ -151,10 +152,16 @@ def rule_text(name: str) -> str:
     return f"{name}({', '.join(given)})"
 
 
+def counts_claims(name: str) -> bool:
+    """Whether the samples that clients claim can scale a rule's weights."""
+    function = spec.find("rule", name)
+    return isinstance(function, WeightRule) and "root_update" not in needs(function)
+
+
 def try_kind(name: str, kind: str) -> Cell:
     """Play one round under a rule with three hostile replies of a kind."""
     rule, honest = spec.resolve("rule", rule_text(name)), updates()
-    claimed = "claim" in kind and isinstance(rule.function, WeightRule)
+    claimed = "claim" in kind and counts_claims(name)
     strategy = RobustStrategy(
         pipeline=Pipeline(rule),
         step=ServerStep(spec.resolve("optimizer", "step()")),

@@ -1,6 +1,7 @@
 """Shared by all tests: one thread, quiet Flower, and real data only where the environment offers it."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,9 @@ def config(tmp_path: Path) -> RunConfig:
             "workers": 1,
         }
     )
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C arrive: a suite that a shell starts in the background inherits that it is ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
