@@ -238,10 +238,10 @@ def test_eight_clients_on_one_model_get_what_one_gets(service: RunningService) -
 
 
 def test_the_same_question_at_a_time_is_worked_out_once(service: RunningService, client: CertifyClient) -> None:
-    seen: list[list[Tick]] = [[], []]
+    network, seen = linear(), list[list[Tick]]([[], []])  # made once: drawn in two threads it would be two models
 
     def ask(ticks: list[Tick]) -> Votes:
-        return client.count_votes(linear(), points()[0], sigma=0.1, num_draws=50_000, seed=1, on_progress=ticks.append)
+        return client.count_votes(network, points()[0], sigma=0.1, num_draws=50_000, seed=1, on_progress=ticks.append)
 
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(ask, seen)
