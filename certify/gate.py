@@ -219,7 +219,7 @@ def decide(metrics: GateMetrics, state: GateState, policy: Policy) -> GateDecisi
     if state.best is not None:
         _comparable(metrics, state.best)
     notes += _blind(metrics, policy)
-    if prior is None or _in_warmup(state, policy):
+    if prior is None or in_warmup(state, policy):
         notes += _uncompared(metrics, state, policy)
         reasons += _fallen(metrics, prior, policy)
     else:
@@ -236,18 +236,19 @@ def _odd(value: float) -> bool:
     return not math.isfinite(value)
 
 
-def _in_warmup(state: GateState, policy: Policy) -> bool:
+def in_warmup(state: GateState, policy: Policy) -> bool:
+    """Whether candidates after `state` are not compared yet."""
     return state.num_accepted < policy.warmup_rounds or (policy.accuracy_floor > 0 and state.best is None)
 
 
-def _judged(metrics: GateMetrics, policy: Policy) -> list[tuple[str, float]]:
+def judged(metrics: GateMetrics, policy: Policy) -> list[tuple[str, float]]:
     """Return the accuracies that count."""
     return [pair for pair in metrics.accuracies() if policy.probes or pair[0] not in _PROBES]
 
 
-def _low(metrics: GateMetrics, policy: Policy) -> list[tuple[str, float]]:
+def below_floor(metrics: GateMetrics, policy: Policy) -> list[tuple[str, float]]:
     """Return the accuracies below the floor; certified ones may be 0 for long, at large radii for ever."""
-    found = [pair for pair in _judged(metrics, policy) if not pair[0].startswith("certified")]
+    found = [pair for pair in judged(metrics, policy) if not pair[0].startswith("certified")]
     return [(name, value) for name, value in found if not value >= policy.accuracy_floor - _ULPS]
 
 
@@ -260,7 +261,7 @@ def _uncompared(metrics: GateMetrics, state: GateState, policy: Policy) -> list[
         notes.append(f"warm-up: {state.num_accepted} of {policy.warmup_rounds} models accepted, not compared")
     else:
         notes.append(f"warm-up: no accepted model reached {policy.accuracy_floor:g} yet, not compared")
-    low = ", ".join(f"{name} {value:g}" for name, value in _low(metrics, policy))
+    low = ", ".join(f"{name} {value:g}" for name, value in below_floor(metrics, policy))
     if low:
         notes.append(f"warm-up goes on: {low} below the floor {policy.accuracy_floor:g}, no anchor for later models")
     return notes
@@ -268,11 +269,11 @@ def _uncompared(metrics: GateMetrics, state: GateState, policy: Policy) -> list[
 
 def _fallen(metrics: GateMetrics, prior: GateMetrics | None, policy: Policy) -> list[str]:
     """Return a reason for every accuracy below the floor where the last accepted model had reached it."""
-    if prior is None or _low(prior, policy):
+    if prior is None or below_floor(prior, policy):
         return []
     return [
         f"warm-up: {name} {value:g} is below the floor {policy.accuracy_floor:g}, which the last accepted had reached"
-        for name, value in _low(metrics, policy)
+        for name, value in below_floor(metrics, policy)
     ]
 
 
@@ -318,7 +319,7 @@ def _comparable(metrics: GateMetrics, other: GateMetrics) -> None:
 
 def _worse_than_prior(metrics: GateMetrics, prior: GateMetrics, policy: Policy) -> list[str]:
     reasons = []
-    for (name, now), (_, before) in zip(_judged(metrics, policy), _judged(prior, policy), strict=True):
+    for (name, now), (_, before) in zip(judged(metrics, policy), judged(prior, policy), strict=True):
         if not now >= policy.accuracy_share * before - _ULPS:
             reasons.append(f"{name} {now:g} is below {policy.accuracy_share:g} of the last accepted {before:g}")
     for (name, now), (_, before) in zip(metrics.losses(), prior.losses(), strict=True):
@@ -337,7 +338,7 @@ def _below_anchor(metrics: GateMetrics, best: GateMetrics, policy: Policy) -> li
     """Return a reason for every metric that many allowed steps have led too far from the best accepted one."""
     reasons = [
         f"drift: {name} {now:g} is below {policy.anchor_share:g} of the best accepted {before:g}"
-        for (name, now), (_, before) in zip(_judged(metrics, policy), _judged(best, policy), strict=True)
+        for (name, now), (_, before) in zip(judged(metrics, policy), judged(best, policy), strict=True)
         if not now >= policy.anchor_share * before - _ULPS
     ]
     losses = [
@@ -360,7 +361,7 @@ def _uninformative(prior: GateMetrics, policy: Policy) -> list[str]:
     """Return notes on metrics of the last accepted model that bind nothing, or everything."""
     notes = [
         f"uninformative: {name} of the last accepted model is 0, so any value passes"
-        for (name, before) in _judged(prior, policy)
+        for (name, before) in judged(prior, policy)
         if before == 0
     ]
     if policy.two_sided and policy.loss_floor == 0:
@@ -376,7 +377,7 @@ def _accept(metrics: GateMetrics, state: GateState, policy: Policy) -> GateState
     """Return the state after acceptance; the best of every metric counts from the model that ends the warm-up."""
     accepted = state.num_accepted + 1
     best = state.best
-    if best is not None or (accepted >= policy.warmup_rounds and not _low(metrics, policy)):
+    if best is not None or (accepted >= policy.warmup_rounds and not below_floor(metrics, policy)):
         best = metrics if best is None else _best_of(best, metrics)
     return GateState(last_accepted=metrics, best=best, num_accepted=accepted)
 

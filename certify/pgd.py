@@ -5,6 +5,8 @@ The loss may be the cross-entropy at a temperature, or the logit margin max_{q !
 ("Towards Evaluating the Robustness of Neural Networks", S&P 2017): a model whose logits are huge, as distilled ones
 are, has float32 cross-entropy gradients of exactly 0, and only a temperature or the margin finds its adversarial
 inputs. Of all steps and restarts the first input that is misclassified is kept, so the accuracy never flatters.
+
+`perturb` is the same ascent for training: a fixed number of steps, the last point, no verdict.
 """
 
 from collections.abc import Callable
@@ -70,12 +72,56 @@ def pgd(
         )  # fmt: skip
 
 
+def perturb(
+    classifier: Classifier,
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    eps: float,
+    generator: torch.Generator,
+    steps: int = 10,
+    step_size: float | None = None,
+    random_start: bool = True,
+    half_steps: int = 0,
+    loss: Loss = "cross_entropy",
+    temperature: float = 1.0,
+    input_range: tuple[float, float] = (0.0, 1.0),
+) -> Tensor:
+    """Return inputs after exactly `steps` steps of the attack, whether the last point fools the classifier or not.
+
+    The first `half_steps` compute logits and slopes in bfloat16: only the sign of a slope is used and every point is
+    projected in the type of the inputs, so the ball holds exactly and only the direction of a few steps may differ.
+    """
+    _check(inputs, labels, eps, steps, 1, temperature, loss, input_range)
+    if not 0 <= half_steps <= steps:
+        raise CertificationError(f"perturb wants half_steps from 0 to steps = {steps}, got {half_steps}")
+    size = _step_size(eps, steps, step_size)
+    low, high = (inputs - eps).clamp(*input_range), (inputs + eps).clamp(*input_range)
+    current = _random_point(low, high, generator) if random_start else inputs
+    for step in range(steps):
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=step < half_steps):
+            _, slope = _slope(classifier, current, labels, loss, temperature, True)
+        assert slope is not None
+        current = torch.minimum(torch.maximum(current + size * slope.sign(), low), high)
+    return current
+
+
+def _step_size(eps: float, steps: int, step_size: float | None) -> float:
+    return 2.5 * eps / max(steps, 1) if step_size is None else step_size
+
+
+def _random_point(low: Tensor, high: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a uniform point of every box; drawn where the generator is, so that devices agree."""
+    noise = torch.rand(low.shape, generator=generator, dtype=low.dtype, device=generator.device).to(low.device)
+    return torch.minimum(torch.maximum(low + noise * (high - low), low), high)
+
+
 def _attack(
     classifier: Classifier, inputs: Tensor, labels: Tensor, eps: float, generator: torch.Generator, steps: int,
     step_size: float | None, restarts: int, random_start: bool, loss: Loss, temperature: float, early_stop: bool,
     input_range: tuple[float, float],
 ) -> PgdResult:  # fmt: skip
-    size = 2.5 * eps / max(steps, 1) if step_size is None else step_size
+    size = _step_size(eps, steps, step_size)
     low, high = (inputs - eps).clamp(*input_range), (inputs + eps).clamp(*input_range)
     with torch.no_grad():
         clean = _right(classifier(inputs), labels)
@@ -84,10 +130,7 @@ def _attack(
         active = (correct if early_stop else torch.ones_like(correct)).nonzero()[:, 0]
         current = inputs[active]
         if random_start:
-            noise = torch.rand(inputs.shape, generator=generator, dtype=inputs.dtype, device=generator.device)
-            noise = noise.to(inputs.device)[active]
-            current = low[active] + noise * (high[active] - low[active])
-            current = torch.minimum(torch.maximum(current, low[active]), high[active])
+            current = _random_point(low, high, generator)[active]
         for step in range(steps + 1):
             if active.numel() == 0:
                 break

@@ -12,6 +12,7 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.attack import NO_ATTACK, Attack, read_attack
+from client.state import read_state, write_state
 from client.trainer import LocalJob, honest
 from tasks import task as tasks_task
 from tasks.config import RunConfig
@@ -62,13 +63,18 @@ def train(message: Message, context: Context) -> Message:
         seed=config.seed,
         rank=attackers.index(me.client) if me.client in attackers else me.client,
         num_attackers=len(attackers),
+        state=read_state(context.state),
+        settings=config,
+        pool=pooled(config) if me.malicious else None,
+        certification=run.task.certification if me.malicious else None,
     )
     attack = current_attack(config, me, job)
     result = attack(honest(config.component("training")))(job)
+    write_state(context.state, job.state)
     arrays = to_record(result.vector, run.task.layout)
     if result.edit_reply is not None:
         arrays = result.edit_reply(arrays)
-    metrics = MetricRecord({"num-examples": result.num_examples, "train-loss": result.loss})
+    metrics = MetricRecord({"num-examples": result.num_examples, "train-loss": result.loss, **result.metrics})
     return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
 
@@ -78,6 +84,13 @@ def current_attack(config: RunConfig, me: Identity, job: LocalJob) -> Attack:
         return NO_ATTACK
     schedule = config.component("attack_schedule")()
     return read_attack(me.attack) if schedule.attacks(me.client, config.malicious_ids, job.round) else NO_ATTACK
+
+
+@functools.lru_cache(maxsize=2)
+def pooled(config: RunConfig) -> torch.Tensor:
+    """Return the training indices of all malicious clients of the settings, in the order of their ids."""
+    shares = [workspace(config).task.partition[client] for client in config.malicious_ids]
+    return torch.cat(shares) if shares else torch.zeros(0, dtype=torch.int64)
 
 
 def identify(config: RunConfig, context: Context) -> Identity:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from client.trainer import BatchTransform, LocalJob, LocalResult, LocalTrainer
 from tasks import spec
+from tasks.dataset import Dataset
 
 # (inputs [n, ...], labels [n], number of classes) ->
 # (inputs as attacked, labels the attacker wants [n], which samples the attack applies to [n] bool)
@@ -21,17 +22,35 @@ Triggered: TypeAlias = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Ten
 
 
 @dataclass(frozen=True)
+class TargetSet:
+    """Test inputs of the attack's own, where no trigger is put on the task's test data."""
+
+    inputs: Tensor  # [samples, ...], as a batch of the data set has them
+    wanted: Tensor  # [samples]: what the attacker wants
+    labels: Tensor  # [samples]: the true labels
+
+
+# (data set, data folder as the settings name it) -> the attack's test inputs
+FindTargetSet: TypeAlias = Callable[[Dataset, str], TargetSet]
+
+
+@dataclass(frozen=True)
 class Attack:
-    """A transformation of local training, and the test-time trigger if the attack has one."""
+    """A transformation of local training, and the test-time trigger, or test set, if the attack has one."""
 
     wrap: Callable[[LocalTrainer], LocalTrainer]
     triggered: Triggered | None = None
+    target_set: FindTargetSet | None = None  # measured in place of a trigger
 
     def __call__(self, trainer: LocalTrainer) -> LocalTrainer:
         return self.wrap(trainer)
 
     def __or__(self, after: "Attack") -> "Attack":
-        return Attack(lambda trainer: after.wrap(self.wrap(trainer)), self.triggered or after.triggered)
+        return Attack(
+            lambda trainer: after.wrap(self.wrap(trainer)),
+            self.triggered or after.triggered,
+            self.target_set or after.target_set,
+        )
 
 
 NO_ATTACK = Attack(lambda trainer: trainer)

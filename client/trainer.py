@@ -1,12 +1,13 @@
 """Local training: the job a client is given, the result it returns, and the shape of a trainer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from tasks.config import RunConfig
 from tasks.dataset import Dataset
 from tasks.params import Layout
 from tasks.rng import generator
@@ -28,8 +29,16 @@ class LocalJob:
     seed: int
     rank: int = 0  # position among the malicious clients, for attacks that share work
     num_attackers: int = 0
-    batch_transforms: "tuple[BatchTransform, ...]" = ()
+    batch_transforms: "tuple[BatchTransform, ...]" = ()  # before what the training does to a batch itself
+    late_transforms: "tuple[BatchTransform, ...]" = ()  # after it, as on what adversarial training made of a batch
     overrides: Mapping[str, Any] = field(default_factory=dict)  # hyper-parameters an attacker trains with
+    training: Component | None = None  # an attacker's own way of training, instead of the honest one
+    state: MutableMapping[str, Tensor] = field(default_factory=dict)  # what this client keeps for its next round
+    after_step: "tuple[AfterStep, ...]" = ()  # what happens to `vector` between the steps of training
+    settings: RunConfig | None = None  # of the run, all of which an attacker knows
+    pool: Tensor | None = None  # [examples]: the indices of all malicious clients, for attackers that act as one
+    certification: Tensor | None = None  # [points]: training samples of the server's gate, where attackers know them
+    trial: bool = False  # a try before the run: one step shows whether everything fits together
 
     def generator(self, purpose: str) -> torch.Generator:
         """Return this client's generator of this round for one purpose, such as "shuffle"."""
@@ -47,17 +56,21 @@ class LocalResult:
     num_examples: int
     loss: float
     edit_reply: Callable[[Any], Any] | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)  # what else the client says about its training
 
 
 LocalTrainer: TypeAlias = Callable[[LocalJob], LocalResult]
 # (inputs [batch, ...], labels [batch], generator, job) -> (inputs, labels); may change its inputs, never the labels
 BatchTransform: TypeAlias = Callable[[Tensor, Tensor, torch.Generator, LocalJob], tuple[Tensor, Tensor]]
+# (number of the batch within its epoch from 0, number of batches in an epoch, job); may change the job's vector
+AfterStep: TypeAlias = Callable[[int, int, LocalJob], None]
 
 
 def honest(training: Component) -> LocalTrainer:
-    """Return the trainer of a `training` setting; a job's overrides replace single hyper-parameters."""
+    """Return the trainer of a `training` setting; a job may bring a training of its own, or other hyper-parameters."""
 
     def train(job: LocalJob) -> LocalResult:
-        return training.function(job, **{**training.arguments, **job.overrides})
+        chosen = job.training or training
+        return chosen.function(job, **{**chosen.arguments, **job.overrides})
 
     return train

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from hawthorn.commands import certify, data, listing, reproduce, runs
+from hawthorn.commands import certify, client, data, edge_cases, keys, listing, models, quorum, reproduce, runs
 from hawthorn.engines import QUIET
 from tasks.errors import HawthornError
 
@@ -24,7 +24,13 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 app.add_typer(certify.app, name="certify")
+app.add_typer(keys.app, name="keys")
 app.command("reproduce")(reproduce.reproduce)
+app.command("tau")(models.tau)
+app.command("triggers")(models.triggers)
+app.command("edge-cases")(edge_cases.edge_cases)
+app.command("quorum")(quorum.quorum)
+app.command("client")(client.client)
 # A pipe or a file has no width of its own; what is printed may be foreign text, so markup stays text.
 console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
 errors = Console(stderr=True, markup=False, highlight=False)
@@ -51,7 +57,7 @@ def options(
 def run(
     file: Annotated[str | None, typer.Argument(help="An experiment file, or the name of a shipped one.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.")] = None,
-    engine: Annotated[str, typer.Option(help="in_process, flower or cluster.")] = "in_process",
+    engine: Annotated[str, typer.Option(help="in_process, flower, cluster or compose.")] = "in_process",
     name: Annotated[str | None, typer.Option(help="Name of the run's folder.")] = None,
     runs_dir: Annotated[str | None, typer.Option(help="Folder that holds run folders.")] = None,
     data_dir: Annotated[str | None, typer.Option(help="Folder with data sets; else HAWTHORN_DATA.")] = None,

@@ -16,30 +16,39 @@ A file without `[arms]` is one run; a flat file of settings, as Flower's run con
     [pretrain]         settings of one more run, without attack, whose model all arms start from
     [paper.NAME]       figures to compare with: arm = [ACC, ASR] in percent, for that variant
     [figure]           a paper's figure to draw from the arms (see `hawthorn.reproduce.figure`)
+    [robustness]       what the gate measured of every arm's model (see `hawthorn.reproduce.robustness`)
+    [theory]           pairs of arms on which FLIP's theory is checked (see `hawthorn.reproduce.theory`)
 
 An arm's table may also hold `label` (how it is shown), `extra = true` (left out unless asked for) and `paper` (the
-row of `[paper]` it is compared with, if not the one of its own name).
+row of `[paper]` it is compared with, if not the one of its own name). `like = "ARM"` starts from that arm's settings.
+`run = "ARM"`, or "FILE:ARM", is no run of its own: it is that arm's, read at another `tau`.
+
+`extends = "flip/table2"` starts from another file's settings, variants and pretraining; `like` and `run` then find
+its arms too, and a run taken over from it is that file's own, in its folder.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from hawthorn.derived import READ_AT, derive, like
 from hawthorn.grid import LABEL, Axis, Map, expand, read_axes, read_map
 from tasks.config import RunConfig
 from tasks.errors import ConfigError
 
-TABLES = ("settings", "arms", "grid", "map", "variants", "pretrain", "paper", "figure")
-RESERVED = ("title", "about", *TABLES)
+TABLES = ("settings", "arms", "grid", "map", "variants", "pretrain", "paper", "figure", "theory", "robustness")
+RESERVED = ("title", "about", "extends", *TABLES)
 # Settings of where and how a run is done; they do not touch its numbers.
 MACHINE = frozenset({"resume", "name", "runs_dir", "data_dir", "workers", "round_timeout", "startup_timeout"})
+MACHINE |= {"metrics_port", "log_format", "tensorboard"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,7 @@ class Arm:
     title: str = ""
     extra: bool = False
     paper: str = ""  # its row among the paper's figures
+    tau: float | None = None  # the threshold its run is read at, where that is not the run's own
 
     @property
     def shown(self) -> str:
@@ -104,7 +114,10 @@ def read_experiment(
     cannot work) an arm that cannot be read keeps its error.
     """
     path = find_experiment(file or "quickstart")
-    content = _load(path)
+    content, below = _load(path), dict[str, Any]()
+    if parent := content.get("extends"):
+        below = _load(find_experiment(str(parent)))
+        content = derive(path, content, below)
     shared, chosen = _with_variant(path, content, variant)
     axes, points, arms = _arms(path, content, shared)
     lenient = bool(axes) if lenient is None else lenient
@@ -112,23 +125,36 @@ def read_experiment(
     if unknown := [label for label in of_variant if label not in arms]:
         raise ConfigError(f"{path}: [variants.{chosen}.arms] changes {unknown[0]!r}, which is no arm")
     arms = {label: {**table, **of_variant.get(label, {})} for label, table in arms.items()}
+    if not axes:
+        arms = like(path, arms, _tables_of(below, chosen))
     if arm is not None:
         if arm not in arms:
             raise ConfigError(f"{path} has no arm {arm!r}; it has: {', '.join(arms) or 'none'}")
+        if source := arms[arm].get("run"):
+            raise ConfigError(
+                f"{path}: arm {arm!r} is the run of {source!r}, read at another tau; hawthorn reproduce does"
+            )
         arms, axes, points = {"": arms[arm]}, (), {}
     elif not arms:
         arms = {"": {}}
     base = name or str(overrides.get("name", shared.get("name", path.stem))) + (f"-{chosen}" if chosen else "")
     start = _start(path, content, shared, overrides, base, chosen, suffix)
     first = {"from-model": str(start.config.run_folder / "model.safetensors")} if start and start.config else {}
-    found = [
-        _read_arm(path, label, {**shared, **first}, table, overrides, base, suffix, lenient)
+    found = {
+        label: _read_arm(path, label, {**shared, **first}, table, overrides, base, suffix, lenient)
         for label, table in arms.items()
-    ]
+        if "run" not in table
+    }
+    others = functools.partial(
+        read_experiment, overrides=overrides, variant=chosen or None, suffix=suffix, lenient=True
+    )
+    for label, table in arms.items():
+        if "run" in table:
+            found[label] = _taken(path, label, table, found, parent, others, start)
     return Experiment(
         title=str(content.get("title", path.stem)),
         name=base,
-        arms=found,
+        arms=[found[label] for label in arms],
         about=str(content.get("about", "")).strip(),
         variant=chosen,
         variants=tuple(content.get("variants", {})),
@@ -161,6 +187,45 @@ def _read_arm(
             return Arm(label, None, problem=str(error), **about)
         raise type(error)(f"{path}{f', arm {label}' if label else ''}: {error}") from None
     return Arm(label, config, **about)
+
+
+def _taken(
+    path: Path,
+    label: str,
+    table: Mapping[str, Any],
+    own: Mapping[str, Arm],
+    parent: str | None,
+    others: Callable[[str], Experiment],
+    start: Arm | None,
+) -> Arm:
+    """Return an arm that is another arm's run, of this file, of the one it extends or of ``FILE:ARM``, at a `tau`."""
+    where, wanted, tau = f"{path}, arm {label}", str(table["run"]), table.get("tau")
+    if unknown := [key for key in table if key not in READ_AT]:
+        raise ConfigError(f"{where}: a row with run = has the settings of that run, it cannot set {unknown[0]!r}")
+    if tau is not None and (isinstance(tau, bool) or not (isinstance(tau, int | float) and 0 <= tau <= 1)):
+        raise ConfigError(f"{where}: tau must be from 0 to 1, got {tau!r}")
+    file, colon, name = wanted.rpartition(":")
+    known = {other: arm for other, arm in own.items() if arm.tau is None}
+    if colon or (parent and name not in known):
+        of = others(file or str(parent))
+        if (of.start and of.start.config) != (start and start.config):
+            raise ConfigError(f"{where}: {file or parent} starts from another pretraining than this file")
+        known = {arm.label: arm for arm in of.arms}
+    if name not in known:
+        raise ConfigError(f"{where}: there is no arm {wanted!r} to run; there are: {', '.join(known)}")
+    about = {"title": str(table.get("label", "")), "extra": bool(table.get("extra", False))}
+    return Arm(label, known[name].config, known[name].problem, **about, paper=str(table.get("paper", label)), tau=tau)
+
+
+def _tables_of(content: Mapping[str, Any], variant: str) -> dict[str, dict[str, Any]]:
+    """Return the tables of a file's arms, as its variant changes them."""
+    own = content.get("variants", {}).get(variant, {}).get("arms", {})
+    return {label: {**table, **own.get(label, {})} for label, table in content.get("arms", {}).items()}
+
+
+def distinct(arms: Iterable[Arm]) -> list[Arm]:
+    """Return the arms without those whose run another one before them stands for."""
+    return list({arm.config.name if arm.config else arm.label: arm for arm in reversed(list(arms))}.values())[::-1]
 
 
 def _read(values: Mapping[str, Any]) -> RunConfig:

@@ -5,14 +5,18 @@ from pathlib import Path
 
 import torch
 
+from certify.service.measure import measure
 from client.app import workspace
 from client.attack import read_attack
 from client.trainer import LocalJob, honest
+from server.crfl import network_of
+from server.gate import Gate, gate_settings, held_out
+from server.gate_service import connect
 from server.record import read_model
 from strategies.context import RoundContext
 from strategies.pipeline import Pipeline, ServerStep
 from tasks.config import RunConfig
-from tasks.errors import AggregationError, ConfigError
+from tasks.errors import AggregationError, CertificationError, ConfigError
 from tasks.rng import generator
 from tasks.spec import hyper_parameters
 from tasks.task import load
@@ -30,7 +34,8 @@ def preflight(config: RunConfig) -> list[str]:
     _try_rule(config)
     _try_trigger(config)
     _try_training(config)
-    return [*_odd_attack(config), *_odd_rule(config), *_odd_sizes(config)]
+    _try_gate(config)
+    return [*_odd_attack(config), *_odd_rule(config), *_odd_sizes(config), *_odd_gate(config)]
 
 
 def _try_collusion(config: RunConfig) -> None:
@@ -83,8 +88,11 @@ def _try_trigger(config: RunConfig) -> None:
     """Trigger two test inputs as the evaluation will, and run the model on them."""
     task = load(config)
     inputs, labels = task.dataset.batch("test", slice(0, 2))
-    if (triggered := read_attack(config.attack).triggered) is not None:
-        inputs = triggered(inputs, labels, task.dataset.num_classes)[0]
+    attack = read_attack(config.attack)
+    if attack.target_set is not None:
+        attack.target_set(task.dataset, config.data_dir)
+    elif attack.triggered is not None:
+        inputs = attack.triggered(inputs, labels, task.dataset.num_classes)[0]
     task.build_model().eval()(inputs)
 
 
@@ -104,12 +112,49 @@ def _try_training(config: RunConfig) -> None:
         round=1,
         seed=config.seed,
         num_attackers=len(config.malicious_ids),
+        settings=config,
+        certification=run.task.certification,
+        trial=True,
     )
     step = {"steps": 1} if "steps" in hyper_parameters(training.function) else {}
     for attack in ("", config.attack) if config.malicious_ids else ("",):
         run.vector.copy_(run.start)
         trainer = honest(dataclasses.replace(training, arguments={**training.arguments, **step}))
         read_attack(attack)(trainer)(job)
+
+
+def _try_gate(config: RunConfig) -> None:
+    """Measure the first model on two points of either kind; a model that no certifier can follow is refused."""
+    task = load(config)
+    if Gate.of(config, task) is None:
+        return
+    settings = dataclasses.replace(gate_settings(config), attack_steps=1)
+    points = [(inputs[:2], labels[:2]) for inputs, labels in held_out(task)]
+    try:
+        measure(network_of(task, task.initial_vector()), points[0], points[1], settings)
+    except CertificationError as error:
+        raise ConfigError(f"the gate cannot measure model {config.model}: {error}") from None
+
+
+def _odd_gate(config: RunConfig) -> list[str]:
+    """Say where a gate would let everything pass, stop training, or has nobody to ask."""
+    if not config.gate:
+        return []
+    policy, warnings = config.component("gate")(), []
+    if policy.warmup_rounds >= config.num_rounds and not config.from_model:
+        warnings.append(f"gate {config.gate} compares no model of this run: its warm-up is as long as the run")
+    if policy.two_sided and policy.warmup_rounds == 0 and not config.from_model:
+        warnings.append(
+            f"gate {config.gate} holds the second model against the first, and a loss that falls fast counts as a "
+            "change: give warmup_rounds, or start from a trained model with from-model"
+        )
+    if config.gate_every > 1:
+        warnings.append(f"gate-every is {config.gate_every}: clients train on models that were not measured yet")
+    if config.gate_service:
+        with connect(config) as client:
+            if not client.healthy():
+                warnings.append(f"no certification service answers at {config.gate_service}; rounds will be skipped")
+    return warnings
 
 
 def _odd_attack(config: RunConfig) -> list[str]:

@@ -93,6 +93,7 @@ class Replayed:
     run: RunRecord
     claimed: bool = False
     memory: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    trusted: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # what the last accepted round left
 
     @property
     def exposed(self) -> dict[int, int]:
@@ -119,6 +120,14 @@ class Replayed:
         self.memory = context.memory
         return None if result.weights is None else result.weights.tolist(), result.vector.double()
 
+    def settle(self, record: RoundRecord) -> None:
+        """Forget with the run the rounds whose models its gate had taken on trial and gave up in this one."""
+        gate = record.gate or {}
+        if gate.get("back_to") is not None:
+            self.memory = dict(self.trusted)
+        elif gate.get("accepted"):
+            self.trusted = dict(self.memory)
+
 
 def _replay_round(run: RunRecord, own: Replayed, rule: Replayed, record: RoundRecord) -> ReplayRound:
     clients, stack = read_updates(run.folder, record.round)
@@ -134,6 +143,8 @@ def _replay_round(run: RunRecord, own: Replayed, rule: Replayed, record: RoundRe
             impossible = str(error)
     if aggregate is not None and not torch.isfinite(aggregate).all():
         weights, aggregate, impossible = None, None, "the aggregate is not finite"
+    own.settle(record)
+    rule.settle(record)
     attacking = set(record.attacking)
     return ReplayRound(
         round=record.round,

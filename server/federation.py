@@ -6,12 +6,12 @@ import importlib.metadata
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from logging import INFO, WARNING
 from pathlib import Path
 
 import torch
-from flwr.app import ConfigRecord
+from flwr.app import ConfigRecord, Message
 from flwr.common import log
 from flwr.serverapp import Grid
 from torch import Tensor
@@ -20,6 +20,8 @@ from client.attack import read_attack
 from server.collusion import colluding
 from server.crfl import CrflRecorder
 from server.evaluate import Evaluator, Metrics
+from server.gate import Gate, GateRound
+from server.observe import Observers
 from server.record import RoundRecord, RunWriter, read_model
 from server.root import RootTrainer
 from strategies.checks import update_norm
@@ -48,18 +50,23 @@ def run_federation(config: RunConfig, grid: Grid, on_round: OnRound | None = Non
         writer, last, vector, memory = RunWriter.resume(config, task.layout)
     else:
         writer, last, vector, memory = RunWriter.create(config, task.layout), 0, None, {}
+    observers = None
     try:
+        observers = Observers(config, last + 1)
         if vector is None:
             vector = task.initial_vector() if start is None else start
         federation = Federation(config, task, grid, writer)
-        federation.strategy.memory = memory
-        federation.run(vector, last, on_round)
+        gate = federation.gate
+        federation.strategy.memory = memory if gate is None or last == 0 else gate.restore(memory)
+        federation.run(vector, last, observers.follow(on_round))
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | SystemExit)
         with contextlib.suppress(RecordError):  # the disk may be what failed; the first error says it
             writer.write_header(status="interrupted" if stopped else "failed")
         raise
     finally:
+        if observers is not None:
+            observers.close()
         writer.close()
 
 
@@ -70,8 +77,11 @@ class Federation:
         self.config, self.task, self.grid, self.writer = config, task, grid, writer
         self.schedule: Schedule = config.component("attack_schedule")()
         self.population = Population(config.num_clients)
-        self.evaluate = Evaluator(task, read_attack(config.attack).triggered, config.tau)
+        attack = read_attack(config.attack)
+        target_set = attack.target_set(task.dataset, config.data_dir) if attack.target_set else None
+        self.evaluate = Evaluator(task, attack.triggered, config.tau, target_set)
         self.crfl = CrflRecorder.of(config, task)
+        self.gate = Gate.of(config, task)
         self.strategy = RobustStrategy(
             pipeline=Pipeline(config.component("rule"), config.chain("mixing")),
             step=ServerStep(config.component("optimizer"), config.chain("transform"), config.server_lr),
@@ -81,6 +91,7 @@ class Federation:
             seed=config.seed,
             root=RootTrainer(config, task) if config.root_samples else None,
             collude=colluding(config, self.schedule, self._malicious),
+            gate=self.gate,
             client_weights=config.client_weights,
             min_replies=config.min_replies,
             max_update_norm=config.max_update_norm,
@@ -91,11 +102,14 @@ class Federation:
         """Run the rounds after `last` from the model `vector` ([params]), then write the final model."""
         self._wait_for_clients()
         if last == 0:
-            facts = self._facts()
-            self.writer.write_header(initial=_rounded(self.evaluate(vector)), facts=facts, started=time.time())
+            facts, initial = self._facts(), dict[str, object](_rounded(self.evaluate(vector)))
+            if self.gate is not None:
+                initial["gate"] = self.gate.begin(vector)
+            self.writer.write_header(initial=initial, facts=facts, started=time.time())
         for number in range(last + 1, self.config.num_rounds + 1):
             record, vector = self._round(number, vector)
-            self.writer.write_round(record, vector, self._kept(), self.strategy.memory, self._beside())
+            memory = self.strategy.memory | ({} if self.gate is None else self.gate.tensors())
+            self.writer.write_round(record, vector, self._kept(), memory, self._beside())
             if self.crfl is not None:
                 self.crfl.add(record, vector)
             if on_round is not None:
@@ -110,9 +124,8 @@ class Federation:
         messages = self.strategy.configure_train(number, to_record(sent, self.task.layout), ConfigRecord(), self.grid)
         replies = self.grid.send_and_receive(messages, timeout=self.config.round_timeout)
         trained = time.perf_counter()
-        self.strategy.aggregate_train(number, replies)
+        vector, gated = self._take(number, vector, replies)
         outcome = self.strategy.outcome
-        vector = vector if outcome.skipped else self.strategy.model
         aggregated = time.perf_counter()
         evaluated = number % self.config.eval_every == 0 or number == self.config.num_rounds
         metrics = self.evaluate(vector) if evaluated else None
@@ -139,11 +152,25 @@ class Federation:
             collusion_failed=outcome.collusion_failed,
             sha256=digest(vector),
             seconds_train=round(trained - begin, 4),
-            seconds_aggregate=round(aggregated - trained, 4),
+            seconds_aggregate=round(aggregated - trained - (gated.seconds if gated else 0.0), 4),
             seconds_evaluate=round(end - aggregated, 4),
             broadcast_norm=None if (noisy := self.strategy.memory.get(BROADCAST)) is None else update_norm(noisy),
+            gate=None if gated is None else gated.to_record(),
+            seconds_gate=0.0 if gated is None else round(gated.seconds, 4),
         )
         return record, vector
+
+    def _take(self, number: int, vector: Tensor, replies: Iterable[Message]) -> tuple[Tensor, GateRound | None]:
+        """Return the model ([params]) after the round's replies, and what the gate said of the candidate."""
+        if self.gate is not None:
+            self.gate.open()
+        self.strategy.aggregate_train(number, replies)
+        skipped = self.strategy.outcome.skipped
+        vector = vector if skipped else self.strategy.model
+        if self.gate is None:
+            return vector, None
+        vector, self.strategy.memory = self.gate.settle(number, vector, self.strategy.memory, skipped)
+        return vector, self.gate.this_round
 
     def _kept(self) -> tuple[list[int], Tensor] | None:
         updates = self.strategy.outcome.updates

@@ -2,8 +2,8 @@
 
     run.json            schema, settings, task facts, versions, status, initial metrics
     rounds.jsonl        one JSON object per finished round (`RoundRecord`)
-    checkpoint.safetensors   the global model after the last finished round and what rules and optimisers keep, with
-                        that round's line in its metadata
+    checkpoint.safetensors   the global model after the last finished round and what rules, optimisers and the gate
+                        keep, with that round's line in its metadata
     model.safetensors   the same model as named arrays, at the end
     updates/, models/   per round, when the settings ask for them
     crfl.json           what certificates need to know of the training, where CRFL runs (see `server.crfl`)
@@ -12,30 +12,46 @@ The checkpoint is written first and renamed into place; the line of `rounds.json
 the two writes loses nothing: opening for resumption appends the missing line and cuts a half-written one.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from server.files import disk, lock, replace_file, write_down
+from server.stored import read_beside, read_model, read_updates
 from tasks.config import RunConfig
 from tasks.errors import ConfigError, RecordError
 from tasks.params import Layout
 
+__all__ = [
+    "MAY_CHANGE",
+    "RoundRecord",
+    "RunRecord",
+    "RunWriter",
+    "read_beside",
+    "read_model",
+    "read_run",
+    "read_updates",
+    "replace_file",
+    "set_aside",
+]
+
 SCHEMA = 1
 MEMORY = "memory."  # prefix, in the checkpoint, of what rules and optimisers keep
 MAY_CHANGE = {"resume", "name", "runs_dir", "data_dir", "num_rounds", "workers", "round_timeout", "startup_timeout"}
+MAY_CHANGE |= {"metrics_port", "log_format", "tensorboard"}
+MAY_CHANGE |= {"gate_workers", "gate_service", "gate_timeout", "gate_attempts"}
+MAY_CHANGE |= {"gate_tls", "gate_tls_ca", "gate_tls_cert", "gate_tls_key", "gate_token_file"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +82,11 @@ class RoundRecord:
     seconds_evaluate: float = 0.0
     exposed: int = 0  # replies dropped for what they held, which no honest client sends
     collusion_failed: str | None = None  # why colluding attackers sent what they had instead
+    edge_acc: float | None = None  # of an attack with a test set of its own (edge cases): its true labels, recognised
+    raw_acc: float | None = None  # and the accuracy on clean test samples of the attacker's target class
     broadcast_norm: float | None = None  # of what clients get next, where that is not the model but a noisy one
+    gate: dict[str, Any] | None = None  # what the gate found and decided (`server.gate.GateRound`); None: not asked
+    seconds_gate: float = 0.0
 
     @staticmethod
     def from_json(line: str) -> "RoundRecord":
@@ -151,8 +171,8 @@ class RunWriter:
 
     def __init__(self, config: RunConfig, layout: Layout) -> None:
         self.config, self.layout, self.folder = config, layout, config.run_folder
-        self._lock = _lock(self.folder)
-        with _disk(self.folder):
+        self._lock = lock(self.folder)
+        with disk(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         self.header: dict[str, Any] = {
             "schema": SCHEMA,
@@ -166,7 +186,7 @@ class RunWriter:
         """Start a new record; an earlier run of the same name is moved aside, never overwritten."""
         set_aside(config.run_folder)
         writer = RunWriter(config, layout)
-        with _disk(writer.folder):
+        with disk(writer.folder):
             (writer.folder / "rounds.jsonl").write_text("")
         writer.write_header()
         return writer
@@ -209,8 +229,8 @@ class RunWriter:
         line = json.dumps(dataclasses.asdict(record), allow_nan=False)
         kept = {MEMORY + name: tensor for name, tensor in memory.items()}
         self._store("checkpoint.safetensors", {"vector": vector, **kept}, {"line": line})
-        with _disk(self.folder), (self.folder / "rounds.jsonl").open("a") as file:
-            _write_down(file, line + "\n")
+        with disk(self.folder), (self.folder / "rounds.jsonl").open("a") as file:
+            write_down(file, line + "\n")
 
     def finish(self, vector: Tensor, **facts: Any) -> None:
         """Write the final model as named arrays and mark the run finished."""
@@ -243,46 +263,12 @@ class RunWriter:
     def _store(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
         path = self.folder / name
         partial = path.with_suffix(".partial")
-        with _disk(path):
+        with disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file({k: v.contiguous().clone() for k, v in tensors.items()}, partial, metadata)
             with partial.open("rb+") as file:
                 os.fsync(file.fileno())  # before the rename: a power cut must not leave an empty file of that name
             os.replace(partial, path)
-
-
-def read_updates(folder: Path, round: int) -> tuple[list[int], Tensor]:
-    """Return (clients, updates [clients, params]) that a run stored for a round; `RecordError` if it did not."""
-    path = Path(folder) / f"updates/round-{round:05d}.safetensors"
-    if not path.exists():
-        raise RecordError(f"{path} does not exist: run with --keep-updates to store the updates of every round")
-    tensors = load_file(path)
-    return tensors["clients"].tolist(), tensors["updates"]
-
-
-def read_beside(folder: Path, round: int) -> dict[str, Tensor]:
-    """Return what the rule had besides the updates in a stored round: `claims` [clients], `root_update` [params]."""
-    tensors = load_file(Path(folder) / f"updates/round-{round:05d}.safetensors")
-    return {name: tensor for name, tensor in tensors.items() if name not in ("updates", "clients")}
-
-
-def read_model(path: Path, layout: Layout) -> Tensor:
-    """Read a model.safetensors as a vector ([params]); wrong names or shapes raise `ConfigError` saying which."""
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"cannot read model {path}: {error}") from None
-    wanted = dict(zip(layout.names, layout.shapes, strict=True))
-    came = {
-        name: tuple(tensor.shape) for name, tensor in tensors.items() if name in wanted or tensor.is_floating_point()
-    }
-    if wrong := {n for n in wanted.keys() | came.keys() if wanted.get(n) != came.get(n)}:
-        details = ", ".join(f"{n}: wanted {wanted.get(n)}, came {came.get(n)}" for n in sorted(wrong)[:4])
-        raise ConfigError(f"{path} does not fit the model of this run: {details}")
-    vector = layout.join(tensors)
-    if not bool(torch.isfinite(vector).all()):
-        raise ConfigError(f"{path} holds values that are not finite")
-    return vector
 
 
 def set_aside(folder: Path) -> Path | None:
@@ -292,8 +278,8 @@ def set_aside(folder: Path) -> Path | None:
     """
     if not (folder / "run.json").exists():
         return None
-    lock, number = _lock(folder), 1
-    with lock, _disk(folder):
+    number = 1
+    with lock(folder), disk(folder):
         earlier = folder.parent / "earlier"
         earlier.mkdir(exist_ok=True)
         while (aside := earlier / f"{folder.name}.{number}").exists():
@@ -310,44 +296,3 @@ def _check_same(before: RunConfig, now: RunConfig) -> None:
             raise RecordError(
                 f"cannot resume with {f.name.replace('_', '-')} = {new!r}: the run was started with {old!r}"
             )
-
-
-def _lock(folder: Path) -> TextIO:
-    """Take the lock of a run's name; it lies beside the folder, so that it stays when the folder is moved."""
-    with _disk(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        file = (folder.parent / f".{folder.name}.lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise RecordError(f"another process is writing {folder}; wait for it or choose another --name") from None
-    return file
-
-
-@contextlib.contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    """Turn what a disk refuses (full, read-only, gone) into a `RecordError` that says what to do."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise RecordError(
-            f"cannot write {path}: {error}; finished rounds are safe: make room, then hawthorn run --resume RUN-FOLDER"
-        ) from error
-
-
-def _write_down(file: TextIO, text: str) -> None:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file in one step: a reader, or a kill, meets the old content or the new."""
-    partial = path.with_name(path.name + ".partial")
-    with _disk(path):
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)

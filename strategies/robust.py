@@ -4,6 +4,11 @@ A round: seeded sample -> Flower messages -> replies checked one by one into the
 the updates -> global model plus eta times the optimiser's direction -> transforms. Too few usable replies, or a rule
 whose precondition is broken, skip the round: the model and what the server remembers stay, and the reason is recorded.
 
+A transform may leave clients another model than the released one, as CRFL does (`strategies.context.BROADCAST`).
+Flower's own loop (`start`) hands the released model back; its clients get that other one all the same.
+
+`gate` looks at the new model last of all: a candidate that it refuses makes a skipped round as well.
+
 `collude` stands for attackers that see each other's updates, or everyone's, before they answer: it overwrites their
 rows after all replies are in. Rows that a server would drop are dropped then, as if they had come that way.
 """
@@ -21,7 +26,7 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
 from strategies.checks import claimed_examples, read_update, shorten, update_norm
-from strategies.context import RoundContext
+from strategies.context import BROADCAST, RoundContext
 from strategies.pipeline import Pipeline, ServerStep
 from strategies.population import Population
 from tasks.errors import AggregationError
@@ -66,6 +71,7 @@ class RobustStrategy(FedAvg):
         seed: int = 0,
         root: Callable[[Tensor, int], Tensor] | None = None,
         collude: Collude | None = None,
+        gate: Callable[[int, Tensor], str | None] | None = None,
         client_weights: str = "uniform",
         min_replies: int = 1,
         max_update_norm: float = 1e6,
@@ -75,9 +81,11 @@ class RobustStrategy(FedAvg):
         pipeline.check(claimed=client_weights == "claimed")
         self.pipeline, self.step, self.layout, self.population, self.sample = pipeline, step, layout, population, sample
         self.seed, self.root, self.collude, self.client_weights = seed, root, collude, client_weights
+        self.gate = gate  # (round, candidate [params]) -> why it is refused, or None
         self.min_replies, self.max_update_norm, self.round_timeout = min_replies, max_update_norm, round_timeout
         self.outcome = RoundOutcome(0)
-        self.model = torch.zeros(layout.num_params)
+        self.model = torch.zeros(layout.num_params)  # what clients got; after a round that succeeds, its result
+        self._released: Tensor | None = None  # the last round's result
         self.memory: dict[str, Tensor] = {}  # what rules and optimisers keep from round to round
         self._sent: dict[str, int] = {}  # message id -> node id, of this round
         self._messages: list[Message] = []
@@ -96,7 +104,13 @@ class RobustStrategy(FedAvg):
 
         The messages outlive the round's deadline on purpose: a late reply tells that its sender is free again.
         """
+        # a tensor of its own: the last round's result is the caller's, who keeps it where this round is skipped
+        self.model = torch.empty(self.layout.num_params)
         from_record(arrays, self.layout, self.model)
+        instead = self.memory.get(BROADCAST)
+        if instead is not None and self._released is not None and torch.equal(self.model, self._released):
+            self.model = instead.clone()
+            arrays = to_record(self.model, self.layout)
         available = self.population.refresh(grid)
         sampled = self.sample(available, server_round)
         self.outcome = RoundOutcome(server_round, sampled=sampled)
@@ -129,7 +143,7 @@ class RobustStrategy(FedAvg):
             outcome.weights, outcome.aggregate_norm = None, 0.0
             log(WARNING, "round %d skipped, the model stays: %s", server_round, outcome.skipped)
             return None, metrics
-        self.model = model
+        self.model = self._released = model
         return to_record(self.model, self.layout), metrics
 
     def _try_round(self, stack: Tensor, claims: list[float]) -> Tensor | None:
@@ -160,6 +174,9 @@ class RobustStrategy(FedAvg):
             variance.clamp_(min=0.0)  # a scaled update may overshoot below zero, where batch norm is not a number
         if not math.isfinite(update_norm(model)):
             outcome.skipped = "the new model is not finite"
+            return None
+        if self.gate is not None and (refused := self.gate(outcome.round, model)) is not None:
+            outcome.skipped = refused
             return None
         self.memory = context.memory
         return model

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,7 +24,7 @@ from tasks.rng import generator
 Scalar: TypeAlias = bool | int | float | str
 
 CHAINS = ("attack", "mixing", "transform")  # kinds whose settings name any number of components
-OPTIONAL = ("collusion",)  # kinds whose settings may be empty
+OPTIONAL = ("collusion", "gate")  # kinds whose settings may be empty
 
 
 def setting(
@@ -72,6 +73,26 @@ class RunConfig:
     )
     min_replies: int = setting(1, "usable replies below which a round is skipped", low=1)
     max_update_norm: float = setting(1e6, "an update with a larger l2 norm is dropped", low=0.0)
+    # the gate on every round's model
+    gate: str = setting("", "policy that a round's model must pass to be taken; empty: all pass", kind="gate")
+    gate_every: int = setting(1, "rounds between measurements; a rejected model takes all rounds since with it", low=1)
+    gate_eps: str = setting("0.1", "radii of the certified accuracies, as '0.1,0.15,0.25'")
+    gate_attack_eps: float = setting(0.1, "radius of the gate's PGD", low=0.0, high=1e6)
+    gate_attack_steps: int = setting(20, "steps of the gate's PGD", low=1, high=1000)
+    gate_attack_step_size: float = setting(0.0, "its step size; 0: 2.5 radius / steps", low=0.0, high=1e6)
+    gate_temperature: float = setting(100.0, "divides the logits under the temperature probe", low=1e-6, high=1e6)
+    gate_probes: bool = setting(True, "also attack on the margin loss and at the temperature, and measure margins")
+    gate_validation: int = setting(500, "training samples kept from the clients that the gate attacks", low=1)
+    gate_certification: int = setting(100, "training samples kept from the clients that bounds are for", low=1)
+    gate_workers: int = setting(0, "threads that measure in this process; 0: one per core", low=0, high=1024)
+    gate_service: str = setting("", "measure on the certification service at HOST:PORT; empty: in this process")
+    gate_timeout: float = setting(600.0, "seconds in which a service must have decided, pauses included", low=0.1)
+    gate_attempts: int = setting(6, "how often a service that is away is asked in a round", low=1, high=100)
+    gate_tls: bool = setting(False, "reach the service over TLS")
+    gate_tls_ca: str = setting("", "PEM file of the authority that signed the service's certificate")
+    gate_tls_cert: str = setting("", "PEM file of the certificate to show the service")
+    gate_tls_key: str = setting("", "PEM file of its key")
+    gate_token_file: str = setting("", "file with the service's token; the token itself is no setting")
     # the attack
     malicious_clients: str = setting("", "ids as '0,3,7-9', or a share as '20%'")
     attack: str = setting("", "what malicious clients do; parts joined with |", kind="attack")
@@ -92,6 +113,10 @@ class RunConfig:
     round_timeout: float = setting(600.0, "seconds a round waits for replies", low=0.1)
     startup_timeout: float = setting(180.0, "seconds to wait for clients to come up", low=0.1)
     workers: int = setting(0, "processes that train in the in_process engine; 0: one per core, 1: no fork", low=0)
+    # watching it
+    metrics_port: int = setting(0, "port of the server's Prometheus metrics; 0: none", low=0, high=65535)
+    log_format: str = setting("text", "the server's log: lines of text, or of JSON", choices=("text", "json"))
+    tensorboard: bool = setting(False, "write TensorBoard's event files to the run's folder")
 
     @staticmethod
     def read(values: Mapping[str, Any]) -> "RunConfig":
@@ -142,6 +167,11 @@ class RunConfig:
         """Ids of the malicious clients: as listed, or a seeded draw of the given share."""
         return parse_clients(self.malicious_clients, self.num_clients, self.seed)
 
+    @property
+    def gate_radii(self) -> tuple[float, ...]:
+        """Radii of the gate's certified accuracies, ascending, in input units."""
+        return parse_radii(self.gate_eps)
+
     def component(self, key: str) -> spec.Component:
         """Return the component that a setting names, for example ``component("rule")``."""
         return spec.resolve(self._kind(key), getattr(self, key))
@@ -169,6 +199,10 @@ class RunConfig:
             raise ConfigError(
                 f"name must be of letters, digits and . _ - + = @ /, no part starting with '.', got {self.name!r}"
             )
+        if self.gate:
+            parse_radii(self.gate_eps)
+            if (self.gate_tls_cert == "") != (self.gate_tls_key == ""):
+                raise ConfigError("gate-tls-cert and gate-tls-key go together, one of them is empty")
         if self.malicious_ids and not (self.attack or self.collusion):
             raise ConfigError(
                 "malicious-clients are named, but attack and collusion are empty; set attack, for example 'sign_flip()'"
@@ -199,6 +233,17 @@ def parse_clients(text: str, num_clients: int, seed: int) -> tuple[int, ...]:
             )
         ids.update(range(first, last + 1))
     return tuple(sorted(ids))
+
+
+def parse_radii(text: str) -> tuple[float, ...]:
+    """Read ascending radii from '0.1,0.15' or '1/255, 4/255'; raises `ConfigError`."""
+    try:
+        radii = tuple(float(Fraction(part.strip())) for part in text.split(","))
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise ConfigError(f"gate-eps must be radii as '0.1,0.15,0.25' or '1/255,4/255', got {text!r}") from None
+    if not all(0 <= radius <= 1e6 for radius in radii) or sorted(set(radii)) != list(radii):
+        raise ConfigError(f"gate-eps must be ascending radii from 0, each once, got {text!r}")
+    return radii
 
 
 def _checked(key: str, value: Any, field: dataclasses.Field[Any]) -> Scalar:

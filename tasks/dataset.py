@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tasks.vocabulary import Vocabulary
+
 VALUES_AT_ONCE = 1 << 19  # 2 MiB of float32 inputs
 Split = Literal["train", "test"]
 
@@ -18,6 +20,7 @@ class Dataset:
 
     Inputs are ``[samples, channels, height, width]`` for images and ``[samples, features]`` for
     tables, as uint8 or float32; a batch is float32, multiplied by `scale` (1/255 for uint8 pixels).
+    Texts are word ids ``[samples, words]``, int32, and int64 in a batch.
     """
 
     name: str
@@ -28,6 +31,8 @@ class Dataset:
     num_classes: int
     scale: float = 1.0
     train_groups: Tensor | None = None  # [samples], int64: the natural group (writer, state, user) of each sample
+    vocabulary: Vocabulary | None = None  # of texts
+    num_edge: int = 0  # the last training samples are edge cases that honest clients hold (`with_edge`)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -46,7 +51,8 @@ class Dataset:
         inputs, labels = self.split(split)
         chosen = inputs[index] if isinstance(index, slice) else inputs.index_select(0, index)
         order = torch.channels_last if chosen.ndim == 4 else torch.contiguous_format
-        scaled = chosen.to(torch.float32, copy=isinstance(index, slice), memory_format=order)
+        kind = torch.int64 if self.vocabulary is not None else torch.float32
+        scaled = chosen.to(kind, copy=isinstance(index, slice), memory_format=order)
         chosen_labels = labels[index] if isinstance(index, slice) else labels.index_select(0, index)
         return (scaled.mul_(self.scale) if self.scale != 1.0 else scaled), chosen_labels
 

@@ -25,6 +25,7 @@ PACKAGES = {
     "model": "tasks.models",
     "partition": "tasks.partitions",
     "schedule": "tasks.schedules",
+    "edge": "tasks.edge",
     "attack": "client.attacks",
     "training": "client.training",
     "collusion": "client.collusion",
@@ -32,6 +33,7 @@ PACKAGES = {
     "rule": "strategies.rules",
     "optimizer": "strategies.optimizers",
     "transform": "strategies.transforms",
+    "gate": "certify.gates",
 }
 
 

@@ -1,7 +1,7 @@
 """A task: data set, model and partition, loaded once per process and shared by server and clients."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,10 @@ from tasks.rng import generator
 from tasks.source import DataSource
 
 
+def _none() -> Tensor:
+    return torch.empty(0, dtype=torch.int64)
+
+
 @dataclass(frozen=True)
 class Task:
     """What both sides of a federation must agree on."""
@@ -26,6 +30,8 @@ class Task:
     model: spec.Component
     seed: int
     root: Tensor  # int64 indices into the training split that the server keeps for itself; no client has them
+    validation: Tensor = field(default_factory=_none)  # likewise: the gate attacks these
+    certification: Tensor = field(default_factory=_none)  # likewise: the gate bounds the model around these
 
     def build_model(self) -> nn.Module:
         """Return a new model with this task's seeded initial parameters."""
@@ -39,7 +45,8 @@ class Task:
 def load(config: RunConfig) -> Task:
     """Return the task of a run; repeated calls in one process share the data set and the partition."""
     c = config
-    return _load(c.dataset, c.model, c.partition, c.num_clients, c.seed, c.data_dir, c.root_samples)
+    kept = (c.root_samples, c.gate_validation, c.gate_certification) if c.gate else (c.root_samples, 0, 0)
+    return _load(c.dataset, c.model, c.partition, c.num_clients, c.seed, c.data_dir, kept)
 
 
 @functools.lru_cache(maxsize=2)
@@ -58,7 +65,7 @@ def _load(
     num_clients: int,
     seed: int,
     data_dir: str,
-    root_samples: int,
+    kept: tuple[int, int, int],
 ) -> Task:
     dataset = load_dataset(dataset_text, data_dir)
     model = spec.resolve("model", model_text)
@@ -67,15 +74,23 @@ def _load(
     partition = tuple(dealer(dataset, num_clients, generator(seed, "partition")))
     if len(partition) != num_clients:
         raise ConfigError(f"partition {dealer} dealt {len(partition)} shares for {num_clients} clients")
-    root = _draw_root(dataset, root_samples, seed)
-    if root_samples:
-        partition = tuple(share[~torch.isin(share, root)] for share in partition)
-    return Task(dataset, layout, partition, model, seed, root)
+    root, validation, certification = _keep_back(dataset, kept, seed)
+    if any(kept):
+        held_out = torch.cat([root, validation, certification])
+        partition = tuple(share[~torch.isin(share, held_out)] for share in partition)
+    return Task(dataset, layout, partition, model, seed, root, validation, certification)
 
 
-def _draw_root(dataset: Dataset, root_samples: int, seed: int) -> Tensor:
-    """Return a seeded uniform draw of training samples, sorted; their classes come out as in the training split."""
-    size = len(dataset.train_labels)
-    if root_samples >= size:
-        raise ConfigError(f"root-samples is {root_samples}, but {dataset.name} has {size} training samples")
-    return torch.randperm(size, generator=generator(seed, "root"))[:root_samples].sort().values
+def _keep_back(dataset: Dataset, kept: tuple[int, int, int], seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return seeded uniform draws of training samples, sorted, no sample in two of them: root, and the gate's two.
+
+    Classes come out as in the training split.
+    """
+    size, wanted = len(dataset.train_labels), sum(kept)
+    if wanted >= size:
+        raise ConfigError(
+            f"root-samples, gate-validation and gate-certification together are {wanted}, but {dataset.name} has "
+            f"{size} training samples"
+        )
+    root, validation, certification = torch.randperm(size, generator=generator(seed, "root"))[:wanted].split(kept)
+    return root.sort().values, validation.sort().values, certification.sort().values

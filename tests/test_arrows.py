@@ -30,6 +30,9 @@ ARROWS: dict[str, tuple[str, ...]] = {
         "tasks",
     ),
     "client": ("tasks",),
+    # What a client attacks its own inputs with, and what an attacker's bounds are, is the certifiers' own code.
+    "client.training": ("certify.pgd", "tasks"),
+    "client.attacks": ("certify.network", "certify.zonotope", "tasks"),
     "client.flip": ("certify", "tasks"),
     "strategies": ("tasks",),
     "certify": ("tasks",),

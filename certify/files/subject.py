@@ -104,7 +104,10 @@ def training_record(path: Path) -> tuple[Path, TrainingRecord]:
     """Return the training record of a run folder or of a file, and where it lies."""
     place = path / "crfl.json" if path.is_dir() else path
     if not place.exists():
-        raise RecordError(f"there is no training record {place}; name a run folder that has one, or its file")
+        refused = place.with_name("crfl-refused.txt")
+        why = refused.read_text("utf-8", "replace").strip()[:2000] if refused.is_file() else ""
+        advice = why or "name a run folder that has one, or its file"
+        raise RecordError(f"there is no training record {place}; {advice}")
     return place, load_record(place)
 
 

@@ -29,7 +29,7 @@ from certify.service.status import RefusalError, invalid, out_of_range
 from certify.service.store import SHA256, Kind, Store
 from certify.service.wire import CertificationSet
 
-FORMAT = 2  # of results; raised whenever the same question gets another answer
+FORMAT = 3  # of results; raised whenever the same question gets another answer
 _KEPT = 4  # models and sets in memory
 
 

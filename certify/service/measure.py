@@ -9,8 +9,10 @@ largest upper bound of z_q - z_y over the clean |z_y - max z_q|, which no scalin
 import hashlib
 import json
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,9 +28,11 @@ from tasks.rng import derive, generator
 _BATCH = 250  # samples attacked at once, fewer of a network that keeps much for its gradient
 _ATTACK_BYTES = 2 << 30  # of what a gradient keeps of one batch
 _HASHED = 2**20  # numbers hashed at once: a copy of all of them in float64 would not stay in the cache
+_SHARE = 48  # points bounded at a time, by one worker
 # A clean margin of 0 has no scale; the median must stay a number.
 _MOST_RELATIVE = 1e6
 
+Result = TypeVar("Result")
 Labelled = tuple[Tensor, Tensor]  # inputs [points, ...] and labels [points]
 
 
@@ -78,21 +82,23 @@ def measure(
     network: Network, validation: Labelled, certification: Labelled, settings: GateSettings, *,
     device: torch.device | str | None = None, memory_bytes: int | None = None,
     on_progress: Callable[[int, int, str], None] = lambda done, total, phase: None,
-    should_stop: Callable[[], bool] | None = None,
+    should_stop: Callable[[], bool] | None = None, workers: int = 1,
 ) -> GateMetrics:  # fmt: skip
     """Return the metrics of `network`: attacks on the validation points, bounds around the certification points.
 
-    Raises `CertificationError` as soon as `should_stop` says so.
+    With several `workers` points are shared out to as many threads, each with one of PyTorch's; the metrics are the
+    same, but for last bits where memory lies otherwise. Raises `CertificationError` as soon as `should_stop` says so.
     """
-    with exact_arithmetic():
+    validation, certification = _laid_out(validation), _laid_out(certification)
+    with exact_arithmetic(), _Pool(workers) as pool:
         return _measure(network.to(device).detach(), validation, certification, settings, device, memory_bytes,
-                        on_progress, should_stop)  # fmt: skip
+                        on_progress, should_stop, pool)  # fmt: skip
 
 
 def _measure(
     network: Network, validation: Labelled, certification: Labelled, settings: GateSettings,
     device: torch.device | str | None, memory_bytes: int | None, on_progress: Callable[[int, int, str], None],
-    should_stop: Callable[[], bool] | None,
+    should_stop: Callable[[], bool] | None, pool: "_Pool",
 ) -> GateMetrics:  # fmt: skip
     attacks: list[tuple[str, Loss, float]] = [("PGD", "cross_entropy", 1.0)]
     if settings.probes:
@@ -102,15 +108,12 @@ def _measure(
     results: list[PgdResult] = []
     for phase, loss, temperature in attacks:
         on_progress(done, total, phase)
-        results.append(_attack(network, validation, settings, loss, temperature, should_stop))
+        results.append(_attack(network, validation, settings, loss, temperature, should_stop, pool))
         done += 1
     bounds = []
     for eps in settings.eps:
         on_progress(done, total, f"bounds at {eps:g}")
-        result = check(
-            network, *certification, eps=eps, input_range=settings.input_range, device=device,
-            memory_bytes=memory_bytes, should_stop=should_stop,
-        )  # fmt: skip
+        result = _bounds(network, certification, eps, settings.input_range, device, memory_bytes, should_stop, pool)
         bounds.append(_bound_metrics(eps, result, settings.probes))
         done += 1
     on_progress(done, total, "done")
@@ -122,6 +125,11 @@ def _measure(
         margin_pgd_accuracy=results[1].accuracy if settings.probes else None,
         temperature_pgd_accuracy=results[2].accuracy if settings.probes else None,
     )
+
+
+def _laid_out(points: Labelled) -> Labelled:
+    """Return the points in one order in memory: channels-last ones are summed in another, here and in a service."""
+    return points[0].clone(memory_format=torch.contiguous_format), points[1]
 
 
 def relative_margin(result: ZonotopeResult) -> float:
@@ -137,7 +145,7 @@ def attack_batch(network: Network) -> int:
 
 def _attack(
     network: Network, points: Labelled, settings: GateSettings, loss: Loss, temperature: float,
-    should_stop: Callable[[], bool] | None,
+    should_stop: Callable[[], bool] | None, pool: "_Pool",
 ) -> PgdResult:  # fmt: skip
     """Attack all points in batches; every batch has a generator of its own, so its size is part of the protocol."""
 
@@ -147,19 +155,62 @@ def _attack(
         return network.forward(inputs)
 
     place = next(iter(network.tensors().values()), points[0])
-    parts, batch = [], attack_batch(network)
-    for start in range(0, len(points[0]), batch):
+    batch = attack_batch(network)
+
+    def attack(start: int) -> PgdResult:
         inputs, labels = (tensor[start : start + batch].to(place.device) for tensor in points)
         name = derive(settings.seed, "gate", loss, str(temperature), start)
-        parts.append(
-            pgd(
-                classifier, inputs.to(place.dtype), labels, eps=settings.attack_eps,
-                generator=generator(name), steps=settings.attack_steps, step_size=settings.attack_step_size,
-                loss=loss, temperature=temperature, input_range=settings.input_range,
-            )
+        return pgd(
+            classifier, inputs.to(place.dtype), labels, eps=settings.attack_eps,
+            generator=generator(name), steps=settings.attack_steps, step_size=settings.attack_step_size,
+            loss=loss, temperature=temperature, input_range=settings.input_range,
         )  # fmt: skip
+
+    parts = pool.map(attack, range(0, len(points[0]), batch))
     whole = zip(*((part.inputs, part.correct, part.clean_correct) for part in parts), strict=True)
     return PgdResult(*(torch.cat(pieces).cpu() for pieces in whole))
+
+
+def _bounds(
+    network: Network, points: Labelled, eps: float, input_range: tuple[float, float],
+    device: torch.device | str | None, memory_bytes: int | None, should_stop: Callable[[], bool] | None, pool: "_Pool",
+) -> ZonotopeResult:  # fmt: skip
+    """Bound the network around all points, in shares of one size: the last bits must not depend on the workers."""
+
+    def bound(start: int) -> ZonotopeResult:
+        inputs, labels = (tensor[start : start + _SHARE] for tensor in points)
+        return check(
+            network, inputs, labels, eps=eps, input_range=input_range, device=device, memory_bytes=memory_bytes,
+            should_stop=should_stop,
+        )  # fmt: skip
+
+    parts = pool.map(bound, range(0, max(1, len(points[0])), _SHARE))
+    joined = {
+        name: torch.cat([getattr(part, name) for part in parts])
+        for name in ("margins_upper", "certified", "clean_margin", "tolerance", "unstable")
+    }
+    counted = {name: sum(getattr(part, name) for part in parts) for name in ("rows", "rechecked")}
+    return replace(parts[0], **joined, **counted)
+
+
+class _Pool:
+    """Threads with one of PyTorch's each, which several shares of points keep busy; with one worker there is none."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers, self._pool = workers, None
+
+    def __enter__(self) -> "_Pool":
+        if self.workers > 1:
+            self._pool = ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def map(self, function: Callable[[int], Result], starts: Iterable[int]) -> list[Result]:
+        """Return what `function` gives for every start, in order; the first error ends the others' waiting."""
+        return list(map(function, starts)) if self._pool is None else list(self._pool.map(function, starts))
 
 
 def _bound_metrics(eps: float, result: ZonotopeResult, probes: bool) -> BoundMetrics:

@@ -6,6 +6,7 @@ Nothing here computes a certificate: what a client gets is what the library woul
 import contextlib
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -125,6 +126,7 @@ def gate(
         metrics = measure(
             network, (validation.inputs, validation.labels), (certification.inputs, certification.labels), settings,
             device=device, on_progress=control.report, should_stop=control.should_stop, **_memory(limits),
+            workers=max(1, (os.cpu_count() or 1) // limits.workers) if device.type == "cpu" else 1,
         )  # fmt: skip
     return messages.write_metrics(metrics).SerializeToString(deterministic=True)
 

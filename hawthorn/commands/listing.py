@@ -6,7 +6,7 @@ import inspect
 from rich.console import Console
 from rich.table import Table
 
-from hawthorn.engines import ENGINES
+from hawthorn.engines import ENGINES, REMOTE
 from hawthorn.experiment import shipped_experiments
 from tasks import spec
 from tasks.config import RunConfig
@@ -32,7 +32,7 @@ def _show_one(console: Console, kind: str) -> None:
     if kind == "settings":
         console.print(_settings())
     elif kind == "engines":
-        console.print(f"engines: {', '.join(ENGINES)}")
+        console.print(f"engines: {', '.join((*ENGINES, *REMOTE))}")
     elif kind == "experiments":
         console.print(f"experiments: {', '.join(shipped_experiments())}")
     else:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hawthorn.commands.runs import quiet_flower, raise_failures, run_start
-from hawthorn.experiment import Arm
+from hawthorn.experiment import Arm, distinct
 from hawthorn.overrides import read_overrides
 from tasks.errors import ConfigError
 
@@ -49,10 +49,14 @@ def reproduce(
     study = read_study(name, overrides, dataset=dataset, rows=wanted, seeds=_seeds(seeds))
     console.print(study.first.title + (f"  [{study.first.variant}]" if study.first.variant else ""), style="bold")
     outcomes = {} if show else _run(study, jobs or os.cpu_count() or 1, fresh)
-    if study.figure is None:
+    if (robust := _measure(study, outcomes)) is not None:
+        written = robust
+    elif study.figure is None:
         rows_found = read_rows(study, outcomes)
         console.print(result_table(study, rows_found))
         written = write_results(study, rows_found)
+        if study.theory is not None:
+            written |= _check(study)
     else:
         written = _draw(study, outcomes)
     for kind, path in written.items():
@@ -62,18 +66,49 @@ def reproduce(
         raise_failures(arms, outcomes)
 
 
+def _check(study: Any) -> dict[str, Path]:
+    """Check the theory on the finished rows; print and write what comes of it."""
+    from hawthorn.reproduce.study import check_theory
+    from hawthorn.reproduce.theory_results import theory_tables, write_theory
+
+    found = check_theory(study)
+    for table in theory_tables(found):
+        console.print(table)
+    return write_theory(study.folder, study.first.title, found)
+
+
+def _measure(study: Any, outcomes: dict[str, Any]) -> dict[str, Path] | None:
+    """Print and write what a study of robustness came to; None for any other study."""
+    from hawthorn.reproduce.robustness import measure_robustness, read_robustness
+    from hawthorn.reproduce.robustness_results import robustness_table, write_robustness
+
+    if (shown := read_robustness(study)) is None:
+        return None
+    found = measure_robustness(study, shown, outcomes)
+    console.print(robustness_table(study, found))
+    return write_robustness(study, shown, found)
+
+
 def _draw(study: Any, outcomes: dict[str, Any]) -> dict[str, Path]:
     """Certify, or compare, the finished runs of a figure; print and write what comes of it."""
-    from hawthorn.reproduce.figure_results import figure_table, measure, write_figure
+    from hawthorn.reproduce.figure_results import measure, write_figure
+    from hawthorn.reproduce.figure_tables import figure_table
 
+    if study.figure.kind == "attacks":
+        from hawthorn.reproduce.attack_curves import curves_table, read_curves, verdicts_of, write_curves
+
+        curves = read_curves(study, outcomes)
+        verdicts = verdicts_of(study, curves)
+        console.print(*curves_table(curves, verdicts), sep="\n")
+        return write_curves(study, curves, verdicts)
     found = measure(study, outcomes, lambda text: console.print(text, soft_wrap=True))
     console.print(figure_table(study, found))
     return write_figure(study, found)
 
 
 def _arms(study: Any) -> dict[str, Arm]:
-    """Return the arms of all seeds by the name of their run."""
-    arms = [arm for label in study.rows for arm in study.arms(label)]
+    """Return the arms of all seeds by the name of their run; rows that read one run share it."""
+    arms = distinct(arm for label in study.rows for arm in study.arms(label))
     several = len(study.seeds) > 1
     named = {}
     for arm in arms:

@@ -15,7 +15,7 @@ from hawthorn.arms.perform import How, Outcome
 from hawthorn.arms.progress import display, tell_earlier
 from hawthorn.arms.run import run_arms
 from hawthorn.engines import find_engine
-from hawthorn.experiment import Arm, Experiment, read_experiment
+from hawthorn.experiment import Arm, Experiment, distinct, read_experiment
 from hawthorn.overrides import read_overrides
 from hawthorn.preflight import preflight
 from server.record import RunRecord, read_run
@@ -44,7 +44,7 @@ def run(
     experiment = read_experiment(file, overrides, name=name, arm=arm, variant=variant)
     console.print(f"{experiment.title}  [{engine}]", style="bold")
     quiet_flower(verbose)
-    arms = [a for a in experiment.arms if not a.extra]
+    arms = distinct(a for a in experiment.arms if not a.extra)
     if not experiment.axes:
         for config in experiment.runs:
             for warning in preflight(config.replace(from_model="") if experiment.start else config):

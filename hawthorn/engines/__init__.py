@@ -15,12 +15,13 @@ QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-ENGINES = ("in_process", "flower", "cluster")
+ENGINES = ("in_process", "flower", "cluster")  # need nothing but this machine
+REMOTE = ("compose",)  # submit to a federation that runs already
 
 
 def find_engine(name: str) -> Any:
     """Return an engine's module; an unknown name raises `ConfigError` listing what exists."""
     key = name.replace("-", "_")
-    if key not in ENGINES:
-        raise ConfigError(f"unknown engine {name!r}; there are: {', '.join(ENGINES)}")
+    if key not in (*ENGINES, *REMOTE):
+        raise ConfigError(f"unknown engine {name!r}; there are: {', '.join((*ENGINES, *REMOTE))}")
     return importlib.import_module(f"hawthorn.engines.{key}")

@@ -101,9 +101,14 @@ class Workplace:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def start(self, role: str, command: Sequence[str], variables: Mapping[str, str] | None = None) -> int:
-        """Start a Flower program in a session of its own, logging to ``<role>.log``; return its process id."""
-        with self._log(role) as log:
+    def start(
+        self, role: str, command: Sequence[str], variables: Mapping[str, str] | None = None, *, shown: bool = False
+    ) -> int:
+        """Start a Flower program in a session of its own; return its process id.
+
+        It logs to ``<role>.log`` or, if `shown`, to this program's own standard output.
+        """
+        with contextlib.nullcontext() if shown else self._log(role) as log:
             self.processes[role] = subprocess.Popen(
                 [str(self.folder / "bin" / command[0]), *command[1:]],
                 stdin=subprocess.DEVNULL,

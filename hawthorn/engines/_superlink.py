@@ -4,10 +4,11 @@ The app is not the repository: it is a folder with nothing but a ``pyproject.tom
 ``client.app:app`` and the run's settings, so that every process imports the installed packages.
 """
 
+import contextlib
 import json
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,14 @@ from typing import Any
 import grpc
 from flwr.cli.build import build_fab_from_disk
 from flwr.common.serde import fab_to_proto
-from flwr.proto.control_pb2 import ListNodesRequest, ListRunsRequest, StartRunRequest
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    StopRunRequest,
+    UnregisterNodeRequest,
+)
 from flwr.proto.control_pb2_grpc import ControlStub
 from flwr.proto.federation_config_pb2 import SimulationConfig
 from flwr.supercore.fab import Fab
@@ -23,7 +31,7 @@ from flwr.supercore.fab import Fab
 from hawthorn.engines._tail import LineTail
 from server.federation import OnRound
 from server.record import RoundRecord
-from tasks.errors import EngineError
+from tasks.errors import ConfigError, EngineError
 
 POLL = 0.1  # seconds between looks at a run
 LOOPBACK = [
@@ -74,10 +82,15 @@ class RunState:
 
 
 class SuperLink:
-    """Client of a SuperLink's Control API on loopback."""
+    """Client of a SuperLink's Control API; `ca` is the PEM file of the authority to trust, None: no TLS."""
 
-    def __init__(self, address: str) -> None:
-        self.channel = grpc.insecure_channel(address, options=LOOPBACK)
+    def __init__(self, address: str, ca: Path | None = None) -> None:
+        self.address = address
+        if ca is None:
+            self.channel = grpc.insecure_channel(address, options=LOOPBACK)
+        else:
+            credentials = grpc.ssl_channel_credentials(read_authority(ca))
+            self.channel = grpc.secure_channel(address, credentials, options=LOOPBACK)
         self.stub: Any = ControlStub(self.channel)
 
     def close(self) -> None:
@@ -96,6 +109,32 @@ class SuperLink:
         """Return how many SuperNodes are online."""
         return sum(node.status == "online" for node in self.stub.ListNodes(ListNodesRequest(), timeout=10.0).nodes_info)
 
+    def nodes(self) -> dict[bytes, tuple[int, str]]:
+        """Return the SuperNodes that are registered: public key -> (node id, status)."""
+        found = self.stub.ListNodes(ListNodesRequest(), timeout=10.0).nodes_info
+        return {n.public_key: (n.node_id, n.status) for n in found if n.status != "unregistered"}
+
+    def register(self, keys: Iterable[bytes]) -> int:
+        """Let SuperNodes with these public keys in; return how many were new."""
+        try:
+            known = self.nodes()
+            new = [key for key in keys if key not in known]
+            for key in new:
+                self.stub.RegisterNode(RegisterNodeRequest(public_key=key), timeout=10.0)
+        except grpc.RpcError as error:
+            raise EngineError(f"the SuperLink at {self.address} registered no key: {describe(error)}") from error
+        return len(new)
+
+    def unregister(self, key: bytes) -> bool:
+        """Let a SuperNode with this public key in no longer; return whether it was registered."""
+        try:
+            if (found := self.nodes().get(key)) is None:
+                return False
+            self.stub.UnregisterNode(UnregisterNodeRequest(node_id=found[0]), timeout=10.0)
+        except grpc.RpcError as error:
+            raise EngineError(f"the SuperLink at {self.address} removed no key: {describe(error)}") from error
+        return True
+
     def start_run(self, app: Path, simulation: Mapping[str, Any] | None = None) -> int:
         """Submit the app in a folder, with settings of the simulation if there is one; return the run's id."""
         content = build_fab_from_disk(app)
@@ -109,10 +148,29 @@ class SuperLink:
             raise EngineError(f"the SuperLink refused the run: {response.note or 'no reason given'}")
         return response.run_id
 
+    def stop_run(self, run_id: int) -> None:
+        """End a run; one that ended already needs nothing."""
+        with contextlib.suppress(grpc.RpcError):
+            self.stub.StopRun(StopRunRequest(run_id=run_id), timeout=10.0)
+
     def state(self, run_id: int) -> RunState:
         """Return where a run stands."""
         status = self.stub.ListRuns(ListRunsRequest(run_id=run_id), timeout=10.0).run_dict[run_id].status
         return RunState(status.status, status.sub_status, status.details)
+
+
+def read_authority(path: Path) -> bytes:
+    """Return the PEM file of an authority; `ConfigError` if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read the authority {path}: {error.strerror}; hawthorn keys makes one") from None
+
+
+def describe(error: grpc.RpcError) -> str:
+    """Return a gRPC error as one line: its code and its details."""
+    code, details = getattr(error, "code", None), getattr(error, "details", None)
+    return f"{code().name}: {details()}" if code and details else str(error)
 
 
 def follow(

@@ -10,7 +10,9 @@ set two constants before Flower's modules read them, and the two modules that ho
 
 import importlib
 import os
+import sys
 import time
+import traceback
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -59,8 +61,18 @@ def shorten_constants(constants: Mapping[str, Mapping[str, float]] = CONSTANTS) 
 
 
 def flower_supernode() -> object:
-    """Run ``flower-supernode``, the sleeps of its loop capped as the environment asks for."""
-    return _with_capped_sleeps("flwr.supernode.start_client_internal", "flwr.supernode.cli", "flower_supernode")
+    """Run ``flower-supernode``, the sleeps of its loop capped as the environment asks for.
+
+    A SuperNode that is refused fails in its main thread while its HTTP server goes on: the process would stay, doing
+    nothing. It ends here, so that whoever started it sees that it did.
+    """
+    try:
+        return _with_capped_sleeps("flwr.supernode.start_client_internal", "flwr.supernode.cli", "flower_supernode")
+    except Exception:
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def flwr_serverapp() -> object:

@@ -72,6 +72,8 @@ def become(request: "Request") -> None:
     os.environ.clear()
     os.environ.update(request.environment)
     sys.argv = [request.program, *request.arguments]
+    with contextlib.suppress(OSError):  # how `ps` and `top` call it; all forks look alike otherwise
+        Path("/proc/self/comm").write_text(request.program[:15])
     refresh_randomness()
 
 

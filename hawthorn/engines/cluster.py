@@ -4,6 +4,9 @@ This is Flower's deployment as it runs on many machines, brought together on one
 processes of its own, and what the server knows of a client came over a connection. Malicious clients are
 malicious by their own node configuration (``role`` and ``attack``). The ids of all processes are in ``cluster.json`` in
 the run folder while the run goes on; a SuperNode that is killed is reported and the run goes on without it.
+
+All connections are TLS, and SuperNodes show keys that were registered before they start, as in a deployment on many
+machines; authority, certificates and keys live as long as the run. HAWTHORN_TLS=0 leaves that out.
 """
 
 import json
@@ -16,6 +19,7 @@ from hawthorn.engines import _waits
 from hawthorn.engines._processes import Workplace, free_ports
 from hawthorn.engines._superlink import SuperLink, app_pyproject, follow, key_values
 from hawthorn.engines._tail import LineTail
+from hawthorn.keys import KeyFolder, make_keys
 from server.federation import OnRound
 from server.record import RoundRecord
 from tasks.config import RunConfig
@@ -38,13 +42,17 @@ def run(
     config: RunConfig,
     on_round: OnRound | None = None,
     on_message: Callable[[str], None] | None = None,
+    make: "type[Cluster] | None" = None,
 ) -> None:
-    """Run a federation in processes; raises `EngineError` with the end of the log that says why it failed."""
+    """Run a federation in processes; raises `EngineError` with the end of the log that says why it failed.
+
+    `make` is a `Cluster` with other ways, for trials of what goes wrong.
+    """
     say = on_message or (lambda _: None)
     folder = config.run_folder
     rounds = LineTail(folder / "rounds.jsonl", RoundRecord.from_json)
     with Workplace(folder / "logs") as workplace:
-        cluster = Cluster(config, workplace, say)
+        cluster = (make or Cluster)(config, workplace, say)
         try:
             cluster.start()
             run_id = cluster.superlink.start_run(workplace.write_app(app_pyproject(config.settings())))
@@ -71,7 +79,11 @@ class Cluster:
         self.say = say
         self.alive = set(range(config.num_clients))
         self.runtime, self.fleet, self.control, *self.node_ports = free_ports(3 + config.num_clients)
-        self.superlink = SuperLink(f"127.0.0.1:{self.control}")
+        self.keys: KeyFolder | None = None
+        if os.environ.get("HAWTHORN_TLS") != "0":
+            make_keys(workplace.folder / "keys", clients=config.num_clients)
+            self.keys = KeyFolder(workplace.folder / "keys")
+        self.superlink = SuperLink(f"127.0.0.1:{self.control}", self.keys.ca if self.keys else None)
         self.pids: dict[str, Any] = {"status": "starting", "engine": os.getpid(), "superlink": None, "serverapp": None}
         self.pids["supernodes"] = {}
 
@@ -83,6 +95,8 @@ class Cluster:
         self.workplace.start_warm(WARM_MODULES, self.config.settings(), timeout)
         self._start_superlink()
         self._wait(self.superlink.is_up, deadline, "the SuperLink did not answer")
+        if self.keys is not None:
+            self.superlink.register(self.keys.public_bytes(client) for client in range(self.config.num_clients))
         for client in range(self.config.num_clients):
             self._start_supernode(client)
         self._write("running")
@@ -109,22 +123,11 @@ class Cluster:
         self.superlink.close()
         self._write("ended")
 
-    def _start_superlink(self) -> None:
-        command = ["flower-superlink", "--insecure", "--disable-runtime-dependency-installation"]
-        command += ["--host", "127.0.0.1", "--port", str(self.runtime)]
-        command += ["--fleet-api-address", f"127.0.0.1:{self.fleet}"]
-        command += ["--control-api-address", f"127.0.0.1:{self.control}"]
-        self.pids["superlink"] = self.workplace.start("superlink", command, self._variables("superlink"))
-        self._write("starting")
+    def fleet_port(self, client: int) -> int:
+        """Return the port at which a client's SuperNode finds the SuperLink."""
+        return self.fleet
 
-    def _start_supernode(self, client: int) -> None:
-        command = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{self.fleet}"]
-        command += ["--host", "127.0.0.1", "--port", str(self.node_ports[client])]
-        command += ["--node-config", key_values(node_config(self.config, client))]
-        role = f"supernode-{client}"
-        self.pids["supernodes"][str(client)] = self.workplace.start(role, command, self._variables(role))
-
-    def _variables(self, role: str) -> dict[str, str]:
+    def variables(self, role: str) -> dict[str, str]:
         """Return a role's own variables: a home, since two processes installing an app in one collide, and polls."""
         poll = str(poll_interval(self.config.num_clients))
         return {
@@ -132,6 +135,23 @@ class Cluster:
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": poll,
             _waits.POLL_VARIABLE: poll,
         }
+
+    def _start_superlink(self) -> None:
+        command = ["flower-superlink", *superlink_security(self.keys), "--disable-runtime-dependency-installation"]
+        command += ["--host", "127.0.0.1", "--port", str(self.runtime)]
+        command += ["--fleet-api-address", f"127.0.0.1:{self.fleet}"]
+        command += ["--control-api-address", f"127.0.0.1:{self.control}"]
+        variables = {"GRPC_VERBOSITY": "INFO", **self.variables("superlink")}  # tells of clients that speak no TLS
+        self.pids["superlink"] = self.workplace.start("superlink", command, variables)
+        self._write("starting")
+
+    def _start_supernode(self, client: int) -> None:
+        command = ["flower-supernode", *supernode_security(self.keys, client)]
+        command += ["--superlink", f"127.0.0.1:{self.fleet_port(client)}"]
+        command += ["--host", "127.0.0.1", "--port", str(self.node_ports[client])]
+        command += ["--node-config", key_values(node_config(self.config, client))]
+        role = f"supernode-{client}"
+        self.pids["supernodes"][str(client)] = self.workplace.start(role, command, self.variables(role))
 
     def _wait(self, ready: Callable[[], bool], deadline: float, complaint: str) -> None:
         while not ready():
@@ -152,6 +172,27 @@ class Cluster:
         draft = path.with_suffix(".tmp")
         draft.write_text(json.dumps(self.pids, indent=2) + "\n", encoding="utf-8")
         draft.replace(path)
+
+
+def superlink_security(keys: KeyFolder | None) -> list[str]:
+    """Return the options of a SuperLink that takes TLS and known SuperNodes alone, or of one without TLS."""
+    if keys is None:
+        return ["--insecure"]
+    return [*tls_options("ssl", keys), *tls_options("appio-ssl", keys), "--enable-supernode-auth"]
+
+
+def supernode_security(keys: KeyFolder | None, client: int) -> list[str]:
+    """Return the options of a client's SuperNode: whom it trusts, and the key it shows."""
+    if keys is None:
+        return ["--insecure"]
+    own = ["--auth-supernode-private-key", str(keys.node_key(client))]
+    return ["--root-certificates", str(keys.ca), *own, *tls_options("appio-ssl", keys)]
+
+
+def tls_options(prefix: str, keys: KeyFolder) -> list[str]:
+    """Return the options for the SuperLink's certificate; on one machine SuperNodes serve their ClientApps with it."""
+    files = {"ca-certfile": keys.ca, "certfile": keys.certificate("superlink"), "keyfile": keys.key("superlink")}
+    return [part for name, path in files.items() for part in (f"--{prefix}-{name}", str(path))]
 
 
 def node_config(config: RunConfig, client: int) -> dict[str, int | str]:

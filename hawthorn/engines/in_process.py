@@ -28,6 +28,8 @@ from flwr.supercore.run import Run
 
 from client.app import app as client_app
 from client.app import workspace
+from client.state import read_state, write_state
+from hawthorn.engines._client_states import ClientStates
 from server.federation import OnRound, run_federation
 from tasks.config import RunConfig
 from tasks.task import load
@@ -40,7 +42,7 @@ CLIENT_EXCEPTION, CLIENT_CRASHED = 2, 8  # Flower's error codes for what a strat
 def run(config: RunConfig, on_round: OnRound | None = None, on_message: Callable[[str], None] | None = None) -> None:
     """Run a federation in this process and its forked workers."""
     sizes = [len(share) for share in load(config).partition]
-    with InProcessGrid(client_app, config, cost=sizes) as grid:
+    with InProcessGrid(client_app, config, cost=sizes, kept=ClientStates(config.run_folder / "clients")) as grid:
         run_federation(config, grid, on_round)
 
 
@@ -57,8 +59,12 @@ class Worker:
 class InProcessGrid(Grid):
     """Runs the messages of `send_and_receive` on clients 0 to num_clients - 1, which are nodes 1 to num_clients."""
 
-    def __init__(self, app: ClientApp, config: RunConfig, cost: list[int] | None = None) -> None:
-        self.app, self.config = app, config
+    def __init__(
+        self, app: ClientApp, config: RunConfig, cost: list[int] | None = None, kept: ClientStates | None = None
+    ) -> None:
+        self.app, self.config, self.kept = app, config, kept
+        self.restored = kept is None  # whether the states of an interrupted run were looked for
+        self.changed: set[int] = set()  # nodes whose state is newer than what is on disk
         self.cost = cost or [1] * config.num_clients
         self.states: dict[int, bytes] = {}  # node -> its pickled context state, when not empty
         self.inline: dict[int, Context] = {}
@@ -81,12 +87,44 @@ class InProcessGrid(Grid):
         self.pool = []
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Run every message, the costliest clients first; replies that miss the timeout are absent."""
+        """Run every message, the costliest clients first; replies that miss the timeout are absent.
+
+        What clients keep is on disk before the replies are returned, so before the round's checkpoint.
+        """
         queue = [self._stamp(message) for message in messages]
+        number = _round(queue)
+        self._restore(number)
         if not self.pool:
-            return [self._reply_inline(message) for message in queue]
-        queue.sort(key=lambda m: self.cost[m.metadata.dst_node_id - 1])
-        return self._run_pool(queue, None if timeout is None else time.monotonic() + timeout)
+            replies = [self._reply_inline(message) for message in queue]
+        else:
+            queue.sort(key=lambda m: self.cost[m.metadata.dst_node_id - 1])
+            replies = self._run_pool(queue, None if timeout is None else time.monotonic() + timeout)
+        self._keep(number)
+        return replies
+
+    def _restore(self, number: int | None) -> None:
+        """Before the first round: give the clients of an interrupted run their states back."""
+        if self.restored or number is None or self.kept is None:
+            return
+        self.restored = True
+        for client, state in self.kept.load(number).items():
+            context = _context(client + 1, self.config)
+            write_state(context.state, state)
+            if self.pool:
+                self.states[client + 1] = pickle.dumps(context.state, protocol=5)
+            else:
+                self.inline[client + 1] = context
+
+    def _keep(self, number: int | None) -> None:
+        """After a round: write the states that changed in it."""
+        if self.kept is None or number is None:
+            return
+        states = {}
+        for node in sorted(self.changed):
+            record = pickle.loads(self.states[node]) if self.pool else self.inline[node].state  # noqa: S301 - our workers'
+            states[node - 1] = read_state(record)
+        self.kept.store(number, states)
+        self.changed.clear()
 
     def _run_pool(self, queue: list[Message], deadline: float | None) -> list[Message]:
         packed: dict[int, bytes] = {}
@@ -138,12 +176,15 @@ class InProcessGrid(Grid):
             return Message(Error(CLIENT_CRASHED, f"the client's process ended with exit code {code}"), reply_to=message)
         if state is not None:
             self.states[message.metadata.dst_node_id] = state
+            self.changed.add(message.metadata.dst_node_id)
         return _reply(content, error, message)
 
     def _reply_inline(self, message: Message) -> Message:
         node = message.metadata.dst_node_id
         context = self.inline.setdefault(node, _context(node, self.config))
         content, error = _call(self.app, message, context)
+        if len(context.state):
+            self.changed.add(node)
         return _reply(content, error, message)
 
     def _fork(self) -> Worker:
@@ -216,6 +257,14 @@ def _reply(content: RecordDict | None, error: Error | None, message: Message) ->
     if content is not None:
         return Message(content, reply_to=message)
     return Message(error or Error(CLIENT_EXCEPTION, "no content"), reply_to=message)
+
+
+def _round(messages: list[Message]) -> int | None:
+    """Return the round that messages to train are of; None for other messages."""
+    if not messages or messages[0].metadata.message_type != "train" or "config" not in messages[0].content:
+        return None
+    number = messages[0].content["config"].get("server-round")  # type: ignore[union-attr]
+    return number if isinstance(number, int) else None
 
 
 def _fields(meta: Metadata) -> dict[str, Any]:

@@ -206,11 +206,12 @@ def _edges(rounds: list[RoundRecord]) -> list[float]:
 
 
 def draw_seconds(runs: Sequence[RunRecord]) -> Figure | None:
-    """Seconds per round, stacked: training, aggregation, evaluation, and what is none of these."""
+    """Seconds per round, stacked: training, aggregation, gate, evaluation, and what is none of these."""
     if not any(run.rounds for run in runs):
         return None
     figure, grid = panels(runs, 2.4)
-    parts = {"train": "#56B4E9", "aggregate": "#D55E00", "evaluate": "#009E73", "not split": "#BBBBBB"}
+    parts = {"train": "#56B4E9", "aggregate": "#D55E00", "gate": "#CC79A7", "evaluate": "#009E73"}
+    parts["not split"] = "#BBBBBB"
     seen: set[str] = set()
     for index, axes in grid:
         rounds = runs[index].rounds
@@ -232,6 +233,7 @@ def draw_seconds(runs: Sequence[RunRecord]) -> Figure | None:
 
 def _seconds(record: RoundRecord, name: str) -> float:
     if name == "not split":
-        rest = record.seconds - record.seconds_train - record.seconds_aggregate - record.seconds_evaluate
+        split = record.seconds_train + record.seconds_aggregate + record.seconds_gate + record.seconds_evaluate
+        rest = record.seconds - split
         return rest if rest > 0.01 * record.seconds else 0.0
     return getattr(record, f"seconds_{name}")

@@ -91,7 +91,7 @@ def dropped_replies(runs: Sequence[RunRecord]) -> Grid:
     """Replies that no rule saw, by run and kind of reason."""
     groups: dict[tuple[str, str], list[Drop]] = {}
     for drop in _drops(runs):
-        groups.setdefault((drop.run, _kind(drop.reason)), []).append(drop)
+        groups.setdefault((drop.run, kind_of(drop.reason)), []).append(drop)
     rows = []
     for (label, _), drops in groups.items():
         clients, rounds = ranges(drop.client for drop in drops), ranges(drop.round for drop in drops)
@@ -103,7 +103,7 @@ def dropped_by_client(runs: Sequence[RunRecord]) -> Grid:
     """The same replies, by run, client and kind of reason, the most frequent first."""
     groups: dict[tuple[str, int, str], list[Drop]] = {}
     for drop in _drops(runs):
-        groups.setdefault((drop.run, drop.client, _kind(drop.reason)), []).append(drop)
+        groups.setdefault((drop.run, drop.client, kind_of(drop.reason)), []).append(drop)
     rows = []
     for (label, client, _), drops in sorted(groups.items(), key=lambda item: -len(item[1])):
         rounds = ranges(drop.round for drop in drops)
@@ -133,7 +133,7 @@ def skipped_rounds(runs: Sequence[RunRecord]) -> Grid:
     for run, label in zip(runs, run_labels(runs)):
         for record in run.rounds:
             if record.skipped:
-                groups.setdefault((label, _kind(record.skipped)), []).append((record.round, record.skipped))
+                groups.setdefault((label, kind_of(record.skipped)), []).append((record.round, record.skipped))
     rows = []
     for (label, _), skips in groups.items():
         rounds, reasons = ranges(number for number, _ in skips), [reason for _, reason in skips]
@@ -177,7 +177,7 @@ def _cut(head: list[str], rows: list[list[str]], numeric: frozenset[int]) -> Gri
     return Grid(head, rows[:MAX_LINES], numeric, note)
 
 
-def _kind(reason: str) -> str:
+def kind_of(reason: str) -> str:
     """Return a reason without its numbers: replies dropped for the same cause stand in one line."""
     return re.sub(r"\d[\d.e+]*", "#", reason)
 

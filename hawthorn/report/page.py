@@ -9,10 +9,14 @@ import jinja2
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from hawthorn.report import _curves, _tables
+from hawthorn.report import _curves, _gate, _tables
+from hawthorn.report import _thresholds as _thresholds_picture
+from hawthorn.report import _triggers as _triggers_picture
 from hawthorn.report._participation import describe_crop, draw_participation
 from hawthorn.report._style import HALF, STYLE, WIDE, png, run_labels
+from hawthorn.triggers import kept_triggers
 from server.record import RunRecord
+from server.rejection import kept_confidences
 from tasks.errors import RecordError
 
 CAPTIONS = {
@@ -34,6 +38,24 @@ CAPTIONS = {
         "How long the clients' updates were: the line is the median, the band reaches from the smallest to the "
         "largest. The dashed line is the aggregate that the rule made of them."
     ),
+    "gate": (
+        "What the gate measured of every candidate. Lines go through the accepted ones, which are the model; a white "
+        "cross is a candidate that was rejected, in a shaded round. Round 0 is the model that the run was given. The "
+        "loss is the mean of the largest upper bound of another logit's lead, 0 where it cannot lead."
+    ),
+    "thresholds": (
+        "The final model at every threshold tau: predictions with a smaller confidence are rejected. Solid: accepted "
+        "and right (ACC), or as the attacker wants (ASR); dotted: the share of clean, or attacked, samples rejected. A "
+        "vertical line is the run's own tau. AUC: the chance that a clean sample is surer than an attacked one."
+    ),
+    "triggers": (
+        "the attacker's trigger, and the smallest ones that inversion found on the model from every class to the "
+        "attacker's target: mask times pattern on grey, and the mask's l1 norm."
+    ),
+    "distances": (
+        "class distances, the l1 norm of the smallest mask found that turns samples of the row's class into the "
+        "column's; –: none was found. The frame marks the attacker's target. Hardening makes distances grow."
+    ),
     "seconds": "Where the time of each round went.",
 }
 
@@ -45,6 +67,15 @@ class Picture:
     data: str  # base64 of a PNG
     caption: str
     alt: str
+
+
+@dataclass(frozen=True)
+class GateSection:
+    """One run's gate on the page."""
+
+    label: str
+    picture: Picture | None
+    decisions: _tables.Grid
 
 
 def write_report(runs: list[RunRecord], out: Path, title: str | None = None) -> Path:
@@ -79,6 +110,11 @@ def _page(runs: list[RunRecord], main: bytes, title: str) -> str:
         headline=_tables.headline(runs),
         metrics=_picture(main, CAPTIONS["metrics"] + (CAPTIONS["attack"] if attacked else ""), "ACC and ASR per round"),
         rejection=_drawn(_curves.draw_rejection(runs), "rejection", "ACC, ASR and confidence AUC with rejection"),
+        thresholds=_thresholds(runs),
+        triggers=_triggers(runs),
+        gates=_gates(runs),
+        gate_tally=_gate.tally(runs),
+        quorums=_gate.quorums(runs),
         shares=_drawn(_curves.draw_shares(runs), "shares", "attackers' part of the weight per round"),
         shares_missing=_shares_missing(runs, attacked),
         participation=_participation(runs),
@@ -96,6 +132,39 @@ def _page(runs: list[RunRecord], main: bytes, title: str) -> str:
 
 def _title(runs: list[RunRecord]) -> str:
     return f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs compared"
+
+
+def _gates(runs: list[RunRecord]) -> list[GateSection]:
+    sections = []
+    for run, label in zip(runs, run_labels(runs)):
+        if _gate.gated([run]):
+            picture = _drawn(_gate.draw_gate(run, f"{label}, {run.config.gate}"), "gate", f"the gate of {label}")
+            sections.append(GateSection(label, picture, _gate.decisions(run)))
+    return sections
+
+
+def _thresholds(runs: list[RunRecord]) -> Picture | None:
+    """The curves over tau, of the runs whose confidences `hawthorn tau` has kept."""
+    named = zip(run_labels(runs), runs)
+    found = [(name, run.config.tau, kept) for name, run in named if (kept := kept_confidences(run)) is not None]
+    return _drawn(_thresholds_picture.draw_thresholds(found), "thresholds", "ACC and ASR over the threshold; the ROC")
+
+
+def _triggers(runs: list[RunRecord]) -> list[Picture]:
+    """Inverted triggers and class distances, of the runs for which `hawthorn triggers` has kept them."""
+    pictures = []
+    for run, label in zip(runs, run_labels(runs)):
+        if (found := kept_triggers(run)) is None:
+            continue
+        with rc_context({"axes.grid": False}):
+            before = f" Before: {found.before.name}." if found.before else ""
+            if (figure := _triggers_picture.draw_triggers(found)) is not None:
+                caption = f"{label}: {CAPTIONS['triggers']}{before}"
+                pictures.append(_picture(png(figure), caption, f"triggers of {label}"))
+            figure = _triggers_picture.draw_distances(found)
+            caption = f"{label}: {CAPTIONS['distances']}{before}"
+            pictures.append(_picture(png(figure), caption, f"class distances of {label}"))
+    return pictures
 
 
 def _participation(runs: list[RunRecord]) -> list[Picture]:

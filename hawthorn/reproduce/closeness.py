@@ -4,16 +4,28 @@ Xie et al., "CRFL" (ICML 2021), figure 9(a). Both runs have the same seed, so th
 twin's attackers scale their honest update as the others do theirs (the paper's virtual training), or do nothing.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from hawthorn.reproduce.figure import Line
 from server.crfl import model_file
 from server.record import read_model, read_run
 from tasks.errors import RecordError
 from tasks.task import load
 
 MAY_DIFFER = {"name", "attack", "malicious_clients", "attack_schedule", "runs_dir", "data_dir", "resume", "workers"}
+
+
+@dataclass(frozen=True, eq=False)
+class Distances:
+    """Distances of two arms' models by round, or why there are none."""
+
+    line: Line
+    seed: int
+    rounds: tuple[tuple[int, float], ...] = ()
+    problem: str = ""
 
 
 def closeness(attacked: Path, clean: Path) -> list[tuple[int, float]]:

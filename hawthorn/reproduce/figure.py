@@ -19,6 +19,23 @@ kind = "closeness"              # l2 distance, round by round, of the models of 
 arm = "attacked"
 clean = "scaled"
 label = "attack in round 20"
+
+[figure]
+kind = "rounds"                 # the radius of a vote of pa against pb by the number of rounds; one run of an arm
+pa = 0.7
+pb = 0.1
+last-round = 100
+[figure.curves.twice]
+arm = "default"
+ratio = 2.0                     # clip norm in units of the noise, in every round after the attacked one
+label = "rho = 2 sigma"
+
+[figure]
+kind = "attacks"                # accuracy and attack success, round by round; arms have labels "DEFENCE: ATTACK"
+name = "edge-defences"          # what the study is called, if not as its file
+[figure.claims.krum]            # what the paper says, to be answered yes or no (see `hawthorn.reproduce.claims`)
+text = "PGD passes Krum where the black-box attack fails"
+when = [["krum-pgd:target", ">", "krum-black_box:target", 10]]
 """
 
 import tomllib
@@ -28,18 +45,25 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from hawthorn.experiment import Experiment
+from hawthorn.reproduce.claims import Claim, read_claims
 from tasks.errors import ConfigError
 
-Kind = Literal["certified", "closeness"]
+Kind = Literal["certified", "closeness", "rounds", "attacks"]
 WANTED: dict[str, dict[str, type]] = {
-    "figure": {"kind": str, "max-radius": float, "points": int, "draws": int, "alpha": float, "legend": str},
-    "curve": {"arm": str, "label": str, "rounds": int, "draws": int, "alpha": float, "clean": str},
-}
+    "figure": {
+        "kind": str, "max-radius": float, "points": int, "draws": int, "alpha": float, "legend": str,
+        "pa": float, "pb": float, "last-round": int, "name": str,
+    },
+    "curve": {"arm": str, "label": str, "rounds": int, "draws": int, "alpha": float, "clean": str, "ratio": float},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: of which arm, after which round (0: the last), with how many votes; `clean` is the arm beside it."""
+    """One curve: of which arm, after which round (0: the last), with how many votes; `clean` is the arm beside it.
+
+    `ratio` is the clip norm of later rounds in units of their noise, where the figure is of rounds.
+    """
 
     name: str
     arm: str
@@ -48,6 +72,7 @@ class Line:
     draws: int = 1000
     alpha: float = 0.001
     clean: str = ""
+    ratio: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -59,6 +84,11 @@ class Figure:
     max_radius: float = 0.0
     points: int = 5000
     legend: str = ""  # what tells the curves apart
+    pa: float = 0.7  # probabilities of the first two classes, where the figure is of rounds
+    pb: float = 0.1
+    last_round: int = 100
+    name: str = ""  # the study's, if not the file's
+    claims: tuple[Claim, ...] = ()  # what the paper says of these runs
 
 
 def read_figure(path: Path, experiment: Experiment) -> Figure | None:
@@ -67,7 +97,7 @@ def read_figure(path: Path, experiment: Experiment) -> Figure | None:
     if content is None:
         return None
     own = content.get("variants", {}).get(experiment.variant, {})
-    table = {key: value for key, value in {**content, **own}.items() if key not in ("variants", "curves")}
+    table = {key: value for key, value in {**content, **own}.items() if key not in ("variants", "curves", "claims")}
     known = _checked(path, "[figure]", table, WANTED["figure"])
     kind = known.get("kind", "certified")
     if kind not in get_args(Kind):
@@ -79,7 +109,12 @@ def read_figure(path: Path, experiment: Experiment) -> Figure | None:
     lines = tuple(_line(path, name, {**votes, **curve}, kind, experiment) for name, curve in curves.items())
     if not lines:
         raise ConfigError(f"{path}: [figure] has no curves")
-    return Figure(kind, lines, known.get("max-radius", 0.0), known.get("points", 5000), known.get("legend", ""))
+    given = {key.replace("-", "_"): value for key, value in known.items() if key not in ("kind", "draws", "alpha")}
+    claims = read_claims(path, own.get("claims", content.get("claims", {})), [arm.label for arm in experiment.arms])
+    figure = Figure(kind, lines, **given, claims=claims)
+    if not 0 <= figure.pb < figure.pa <= 1 or figure.pa + figure.pb > 1:
+        raise ConfigError(f"{path}: [figure] wants pb < pa of sum 1 at most, got {figure.pa} and {figure.pb}")
+    return figure
 
 
 def _line(path: Path, name: str, table: Mapping[str, Any], kind: Kind, experiment: Experiment) -> Line:
@@ -91,6 +126,8 @@ def _line(path: Path, name: str, table: Mapping[str, Any], kind: Kind, experimen
             raise ConfigError(
                 f"{path}: {where} wants {key}, one of the arms {', '.join(labels)}; got {known.get(key)!r}"
             )
+    if kind == "rounds" and not known.get("ratio", 0.0) > 0:
+        raise ConfigError(f"{path}: {where} wants ratio, the clip norm in units of the noise, above 0")
     return Line(name, **{"label": name, **known})
 
 

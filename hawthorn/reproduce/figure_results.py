@@ -1,53 +1,35 @@
-"""From finished runs to a figure: what every curve holds, as table, CSV, Markdown and picture.
+"""From finished runs to a figure: what every curve holds, and its files, as CSV, Markdown and picture.
 
 The files are named by the study and lie in the folder of its runs, which figures with equal arms share.
 """
 
-import csv
-import io
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-import numpy as np
 from matplotlib import rc_context
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from matplotlib.figure import Figure as Picture
 
-from certify.bounds import Floats
-from certify.crfl.curves import certified_accuracy, certified_rate
 from hawthorn.arms.perform import Outcome, earlier_run
 from hawthorn.experiment import Arm
 from hawthorn.report._style import STYLE, png
+from hawthorn.reproduce.by_rounds import ByRounds, radii_by_rounds
 from hawthorn.reproduce.certified import WAYS, Certified, certify_line
-from hawthorn.reproduce.closeness import closeness
+from hawthorn.reproduce.closeness import Distances, closeness
 from hawthorn.reproduce.figure import Figure, Line
-from hawthorn.reproduce.figure_picture import draw_certified, draw_closeness
+from hawthorn.reproduce.figure_picture import draw_certified, draw_closeness, draw_rounds
+from hawthorn.reproduce.figure_tables import (
+    Curves,
+    as_markdown,
+    certified_csv,
+    closeness_csv,
+    figure_of,
+    radii_of,
+    rounds_csv,
+)
 from hawthorn.reproduce.study import Study
-from tasks.errors import RecordError
-
-STEPS = 100  # parts that the radius axis has in the CSV and the picture
-DASH = "–"
-
-
-@dataclass(frozen=True, eq=False)
-class Distances:
-    """Distances of two arms' models by round, or why there are none."""
-
-    line: Line
-    seed: int
-    rounds: tuple[tuple[int, float], ...] = ()
-    problem: str = ""
-
-
-Curves = list[Certified] | list[Distances]
-
-
-def figure_of(study: Study) -> Figure:
-    """Return the figure of a study that has one."""
-    assert study.figure is not None
-    return study.figure
+from server.crfl import read_training_record
+from tasks.errors import CertificationError, RecordError
 
 
 def measure(
@@ -57,6 +39,8 @@ def measure(
     figure, outcomes = figure_of(study), outcomes or {}
     if figure.kind == "closeness":
         return [_distances(line, seed, arms, outcomes) for line, seed, arms in _each(study, figure)]
+    if figure.kind == "rounds":
+        return [_by_rounds(line, seed, arms, outcomes, figure) for line, seed, arms in _each(study, figure)]
     found = []
     for line, seed, arms in _each(study, figure):
         tell(f"certifying {line.label}, seed {seed}")
@@ -93,6 +77,19 @@ def _distances(line: Line, seed: int, arms: Mapping[str, Arm], outcomes: Mapping
         return Distances(line, seed, problem=str(error))
 
 
+def _by_rounds(
+    line: Line, seed: int, arms: Mapping[str, Arm], outcomes: Mapping[str, Outcome], figure: Figure
+) -> ByRounds:
+    folder = _folder(arms[line.arm], outcomes)
+    if isinstance(folder, str):
+        return ByRounds(line, seed, problem=folder)
+    try:
+        record = read_training_record(folder)
+        return ByRounds(line, seed, tuple(radii_by_rounds(record, line.ratio, figure.pa, figure.pb, figure.last_round)))
+    except (RecordError, CertificationError) as error:
+        return ByRounds(line, seed, problem=str(error))
+
+
 def _folder(arm: Arm, outcomes: Mapping[str, Outcome]) -> Path | str:
     """Return the folder of an arm's finished run, or why there is none."""
     if arm.config is None:
@@ -103,131 +100,13 @@ def _folder(arm: Arm, outcomes: Mapping[str, Outcome]) -> Path | str:
     return arm.config.run_folder if earlier_run(arm.config)[0] == "finished" else "not run"
 
 
-def radii_of(study: Study, found: Sequence[Certified], way: str) -> Floats:
-    """Return the radii that a way's curves are read at: the paper's axis, or up to the largest finite radius."""
-    figure, end = figure_of(study), 0.0
-    if way == "paper" and figure.max_radius > 0:
-        end = figure.max_radius
-    else:
-        radii = [each.ways[way].radii for each in found if way in each.ways and each.ways[way].certificates]
-        end = max((float(r[np.isfinite(r)].max(initial=0.0)) for r in radii), default=0.0) * 1.02
-    return np.linspace(0.0, end or 1.0, STEPS + 1)
-
-
-def certified_csv(study: Study, found: Sequence[Certified]) -> str:
-    """Return one row per curve, way and radius: certified rate and accuracy with 95 % bands for the population."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    head = ["figure", "variant", "curve", "label", "seed", "certificate", "radius"]
-    shares = ["rate", "rate_lower", "rate_upper", "accuracy", "accuracy_lower", "accuracy_upper"]
-    writer.writerow([*head, *(f"certified_{name}" for name in shares), "accuracy", "rounds", "points", "note"])
-    for each in found:
-        first = [study.name, study.first.variant, each.line.name, each.line.label, each.seed]
-        for way in WAYS:
-            result = each.ways.get(way)
-            if result is None or not result.certificates:
-                note = each.problem or (result.problem if result else "")
-                writer.writerow([*first, way, *[""] * 7, _number(each.accuracy), each.rounds, len(each.labels), note])
-                continue
-            radii = radii_of(study, found, way)
-            rate = certified_rate(result.certificates, radii)
-            accuracy = certified_accuracy(result.certificates, each.labels, radii)
-            note = f"broken: {', '.join(result.broken)}" if result.broken else ""
-            columns = (radii, rate.share, rate.lower, rate.upper, accuracy.share, accuracy.lower, accuracy.upper)
-            for values in zip(*columns):
-                cells = [f"{value:.6g}" for value in values]
-                writer.writerow([*first, way, *cells, _number(each.accuracy), each.rounds, len(each.labels), note])
-    return out.getvalue()
-
-
-def closeness_csv(study: Study, found: Sequence[Distances]) -> str:
-    """Return one row per pair of arms and round."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["figure", "variant", "curve", "label", "seed", "round", "distance", "note"])
-    for each in found:
-        first = [study.name, study.first.variant, each.line.name, each.line.label, each.seed]
-        for number, distance in each.rounds:
-            writer.writerow([*first, number, f"{distance:.9g}", ""])
-        if not each.rounds:
-            writer.writerow([*first, "", "", each.problem])
-    return out.getvalue()
-
-
-HEADS = {
-    "certified": (
-        "curve",
-        "seed",
-        "certificate",
-        "accuracy",
-        "abstained",
-        "acc. at 0",
-        "acc. at 1/4",
-        "acc. at 1/2",
-        "acc. at 3/4",
-        "largest radius",
-        "note",
-    ),
-    "closeness": ("curve", "seed", "rounds", "largest distance", "in round", "last distance", "note"),
-}
-
-
-def summary(study: Study, found: Curves) -> list[list[str]]:
-    """Return the rows of the table: per curve and way, or per pair of arms."""
-    rows: list[list[str]] = []
-    for each in found:
-        if isinstance(each, Distances):
-            rows.append(_distance_row(each))
-        elif each.problem:
-            rows.append([each.line.label, str(each.seed), *[DASH] * 8, each.problem])
-        else:
-            rows += [_certified_row(study, [c for c in found if isinstance(c, Certified)], each, way) for way in WAYS]
-    return rows
-
-
-def _certified_row(study: Study, found: Sequence[Certified], each: Certified, way: str) -> list[str]:
-    result, first = each.ways[way], [each.line.label, str(each.seed), way, f"{100 * each.accuracy:.2f}"]
-    if not result.certificates:
-        return [*first, *[DASH] * 6, result.problem]
-    end = radii_of(study, found, "paper")[-1]
-    shares = certified_accuracy(result.certificates, each.labels, [0.0, end / 4, end / 2, 3 * end / 4]).share
-    note = f"broken: {', '.join(result.broken)}" if result.broken else "holds"
-    cells = [f"{100 * share:.2f}" for share in (result.abstained, *shares)]
-    return [*first, *cells, f"{result.radii.max():.6g}", note]
-
-
-def _distance_row(each: Distances) -> list[str]:
-    first = [each.line.label, str(each.seed)]
-    if not each.rounds:
-        return [*first, *[DASH] * 4, each.problem]
-    number, largest = max(each.rounds, key=lambda pair: pair[1])
-    return [*first, str(len(each.rounds)), f"{largest:.5f}", str(number), f"{each.rounds[-1][1]:.5f}", ""]
-
-
-def figure_table(study: Study, found: Curves) -> Table:
-    """Return the table for a terminal."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=_caption(study, found), caption_justify="left")
-    for name in HEADS[figure_of(study).kind]:
-        table.add_column(name, justify="left" if name in ("curve", "certificate", "note") else "right", overflow="fold")
-    for row in summary(study, found):
-        table.add_row(*row)
-    return table
-
-
 def write_figure(study: Study, found: Curves) -> dict[str, Path]:
     """Write NAME.csv, NAME.md and NAME.png into the folder of the runs; return kind -> path."""
     folder, stem = study.folder, Path(study.name).stem
     folder.mkdir(parents=True, exist_ok=True)
-    certified = [each for each in found if isinstance(each, Certified)]
-    distances = [each for each in found if isinstance(each, Distances)]
     with rc_context(STYLE):  # type: ignore[arg-type]
-        if figure_of(study).kind == "closeness":
-            picture = draw_closeness(distances, study.first.title)
-        else:
-            radii = {way: radii_of(study, certified, way) for way in WAYS}
-            picture = draw_certified(certified, radii, study.first.title, figure_of(study).legend)
+        text, picture = _drawn(study, found)
         image = png(picture)
-    text = closeness_csv(study, distances) if distances else certified_csv(study, certified)
     contents = {f"{stem}.csv": text.encode(), f"{stem}.md": as_markdown(study, found).encode(), f"{stem}.png": image}
     for name, content in contents.items():
         partial = folder / f"{name}.partial"
@@ -236,28 +115,16 @@ def write_figure(study: Study, found: Curves) -> dict[str, Path]:
     return {name.rpartition(".")[2]: folder / name for name in contents}
 
 
-def as_markdown(study: Study, found: Curves) -> str:
-    """Return the table as Markdown, with what was run above it."""
-    head = HEADS[figure_of(study).kind]
-    rows = [head, ["---" if name in ("curve", "certificate", "note") else "---:" for name in head]]
-    rows += [[cell.replace("|", "\\|") for cell in row] for row in summary(study, found)]
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    variant = f" ({study.first.variant})" if study.first.variant else ""
-    return "\n\n".join([f"# {study.first.title}{variant}", study.first.about, table, _caption(study, found)]) + "\n"
-
-
-def _caption(study: Study, found: Curves) -> str:
-    if figure_of(study).kind == "closeness":
-        return "l2 distance of the released models of both runs."
+def _drawn(study: Study, found: Curves) -> tuple[str, Picture]:
+    """Return a figure's CSV and its picture."""
+    title = study.first.title + (f" ({study.first.variant})" if study.first.variant else "")
+    figure = figure_of(study)
+    if figure.kind == "closeness":
+        distances = [each for each in found if isinstance(each, Distances)]
+        return closeness_csv(study, distances), draw_closeness(distances, title)
+    if figure.kind == "rounds":
+        by_rounds = [each for each in found if isinstance(each, ByRounds)]
+        return rounds_csv(study, by_rounds), draw_rounds(by_rounds, title, figure.legend)
     certified = [each for each in found if isinstance(each, Certified)]
-    end = radii_of(study, certified, "paper")[-1]
-    points = max((len(each.labels) for each in certified), default=0)
-    return (
-        f"In % of {points} test points; acc.: certified accuracy at 0, 1/4, 1/2 and 3/4 of the radius {end:.4g}, the "
-        "l2 change of each poisoned sample. paper: Corollary 1 as printed; votes, margin: what holds for the released "
-        "model."
-    )
-
-
-def _number(value: float) -> str:
-    return "" if np.isnan(value) else f"{value:.6g}"
+    radii = {way: radii_of(study, certified, way) for way in WAYS}
+    return certified_csv(study, certified), draw_certified(certified, radii, title, figure.legend)

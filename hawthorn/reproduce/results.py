@@ -15,11 +15,13 @@ from rich.text import Text
 
 from hawthorn.compare import DASH
 from hawthorn.report._curves import draw_metrics
-from hawthorn.report._style import STYLE, png
+from hawthorn.report._style import STYLE, png, run_labels
 from hawthorn.report._tables import Grid, settings_that_differ
+from hawthorn.report._thresholds import draw_thresholds
 from hawthorn.report.page import Picture
 from hawthorn.reproduce.picture import draw_beside
 from hawthorn.reproduce.study import Row, Study, finished_runs
+from server.rejection import measure_confidences
 from tasks.config import RunConfig
 
 FAR = 10.0  # percentage points from the paper that want an explanation
@@ -53,11 +55,24 @@ def write_results(study: Study, rows: Sequence[Row]) -> dict[str, Path]:
         "table.png": picture,
         "table.html": page.encode(),
     }
+    if (curves := _over_thresholds(study, rows)) is not None:
+        contents["tau.png"] = curves
     for name, content in contents.items():
         partial = folder / f"{name}.partial"
         partial.write_bytes(content)
         os.replace(partial, folder / name)
-    return {name.partition(".")[2]: folder / name for name in contents}
+    return {name.removeprefix("table."): folder / name for name in contents}
+
+
+def _over_thresholds(study: Study, rows: Sequence[Row]) -> bytes | None:
+    """Draw the runs that rows read at a threshold over all thresholds; None where no row does, or none is finished."""
+    if all(arm.tau is None for arm in study.first.arms):
+        return None
+    runs = finished_runs(study, rows)
+    found = [(name, run.config.tau, measure_confidences(run.folder)) for name, run in zip(run_labels(runs), runs)]
+    with rc_context(STYLE):  # type: ignore[arg-type]
+        figure = draw_thresholds(found)
+        return None if figure is None else png(figure)
 
 
 def as_csv(study: Study, rows: Sequence[Row]) -> str:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from hawthorn.arms.perform import Outcome, earlier_run
-from hawthorn.experiment import Arm, Experiment, read_experiment, shipped_experiments
+from hawthorn.experiment import Arm, Experiment, distinct, read_experiment, shipped_experiments
 from hawthorn.reproduce.figure import Figure, read_figure
-from server.record import RunRecord, read_run
-from tasks.errors import ConfigError
+from hawthorn.reproduce.theory import Checked, Theory, check_pair, read_theory
+from server.record import RoundRecord, RunRecord, read_run
+from server.rejection import measure_confidences, rates
+from tasks.errors import ConfigError, RecordError
 
 ALL = "all"
 
@@ -26,6 +28,8 @@ class Study:
     seeds: list[int]
     rows: list[str]  # labels of arms
     figure: Figure | None = None  # where a figure is drawn in place of a table
+    theory: Theory | None = None  # where bounds are checked on pairs of rows
+    path: Path | None = None  # its experiment file
 
     @property
     def first(self) -> Experiment:
@@ -78,10 +82,10 @@ def shipped_studies() -> dict[str, Path]:
     tables, figures = {}, {}
     for name, path in shipped_experiments().items():
         content = tomllib.loads(path.read_text())
-        if "paper" in content:
+        if "paper" in content or "robustness" in content:
             tables[name.replace("/", "-")] = path
         elif "figure" in content:
-            figures[name.replace("/", "-")] = path
+            figures[content["figure"].get("name", name.replace("/", "-"))] = path
     return {**tables, **figures}
 
 
@@ -102,7 +106,8 @@ def read_study(
     if experiments[0].axes:
         raise ConfigError(f"{path} is a grid; run it with: hawthorn run {name}")
     chosen = _chosen(experiments[0].arms, rows)
-    return Study(name, experiments, list(seeds), chosen, read_figure(path, experiments[0]))
+    figure, theory = read_figure(path, experiments[0]), read_theory(path, experiments[0])
+    return Study(name, experiments, list(seeds), chosen, figure, theory, path)
 
 
 def _chosen(arms: Iterable[Arm], rows: Sequence[str]) -> list[str]:
@@ -121,9 +126,27 @@ def read_rows(study: Study, outcomes: Mapping[str, Outcome] | None = None) -> li
 
 
 def finished_runs(study: Study, rows: Iterable[Row]) -> list[RunRecord]:
-    """Return the finished runs behind the rows, those of the first seed."""
-    arms = {arm.label: arm for arm in study.first.arms}
-    return [record for row in rows if (record := _finished(arms[row.label])) is not None]
+    """Return the finished runs behind the rows, those of the first seed; a run that several rows read comes once."""
+    labels = {row.label for row in rows}
+    arms = distinct(arm for arm in study.first.arms if arm.label in labels)
+    return [record for arm in arms if (record := _finished(arm)) is not None]
+
+
+def check_theory(study: Study) -> list[Checked]:
+    """Check the theory on every pair of rows, those of the first seed; a pair that is not finished says so."""
+    assert study.theory is not None
+    found, arms = list[Checked](), {arm.label: arm for arm in study.first.arms}
+    for pair in study.theory.pairs:
+        runs = [_finished(arms[label]) for label in (pair.before, pair.after)]
+        if runs[0] is None or runs[1] is None:
+            if {pair.before, pair.after} <= set(study.rows):
+                found.append(Checked(pair, problem="not run"))
+            continue
+        try:
+            found.append(check_pair(pair, runs[0].folder, runs[1].folder, study.theory.draws))
+        except RecordError as error:
+            found.append(Checked(pair, problem=str(error)))
+    return found
 
 
 def _row(study: Study, label: str, outcomes: Mapping[str, Outcome]) -> Row:
@@ -146,20 +169,21 @@ def _row(study: Study, label: str, outcomes: Mapping[str, Outcome]) -> Row:
         rule=arm.config.rule if arm.config else "",
         acc=None,
         asr=None,
-        paper_acc=paper[0] if paper else None,
-        paper_asr=paper[1] if paper else None,
+        paper_acc=paper[0] if paper and not math.isnan(paper[0]) else None,  # nan: the paper does not say
+        paper_asr=paper[1] if paper and not math.isnan(paper[1]) else None,
         seconds=None,
         extra=arm.extra,
         note="; ".join(dict.fromkeys([*notes, *(note for record in records for note in _doubts(record))])),
     )
-    return _with_figures(row, records) if records else row
+    return _with_figures(row, records, arm.tau) if records else row
 
 
-def _with_figures(row: Row, records: list[RunRecord]) -> Row:
-    finals = [record.final for record in records]
-    acc = [100 * f.acc for f in finals if f is not None and f.acc is not None]
-    asr = [100 * f.asr for f in finals if f is not None and f.asr is not None]
-    late = [100 * r.asr for record in records for r in record.rounds[len(record.rounds) // 2 :] if r.asr is not None]
+def _with_figures(row: Row, records: list[RunRecord], tau: float | None) -> Row:
+    finals = [_final_rates(record, tau) for record in records]
+    acc = [100 * acc for acc, _ in finals if acc is not None]
+    asr = [100 * asr for _, asr in finals if asr is not None]
+    pairs = [_rates(r, record, tau) for record in records for r in record.rounds[len(record.rounds) // 2 :]]
+    late = [100 * asr for _, asr in pairs if asr is not None]
     return dataclasses.replace(
         row,
         acc=math.fsum(acc) / len(acc) if acc else None,
@@ -171,6 +195,24 @@ def _with_figures(row: Row, records: list[RunRecord]) -> Row:
         rounds=min(len(record.rounds) for record in records),
         seeds=len(records),
     )
+
+
+def _rates(record: RoundRecord, run: RunRecord, tau: float | None) -> tuple[float | None, float | None]:
+    """Return a round's (ACC, ASR) at a threshold that was measured in it: the run's own, or none at all."""
+    if tau is None or tau == run.config.tau:
+        return record.acc, record.asr
+    return (record.acc_all, record.asr_all) if tau == 0 else (None, None)
+
+
+def _final_rates(run: RunRecord, tau: float | None) -> tuple[float | None, float | None]:
+    """Return the last (ACC, ASR) at a threshold; one that was not measured is read off the final model."""
+    if run.final is None:
+        return None, None
+    acc, asr = _rates(run.final, run, tau)
+    if acc is None and tau is not None:
+        found = rates(measure_confidences(run.folder), [tau])
+        acc, asr = float(found.acc[0]), None if math.isnan(found.asr[0]) else float(found.asr[0])
+    return acc, asr
 
 
 def _finished(arm: Arm) -> RunRecord | None:

@@ -18,11 +18,13 @@ def by_group(
     generator: torch.Generator,
     *,
     choose: Literal["largest", "random"] = "largest",
+    always: tuple[int, ...] = (),
 ) -> list[Tensor]:
     """Return the training indices of each client, a whole group each, in the order of group numbers.
 
-    With fewer clients than groups, the `largest` groups or `random` ones are taken and the others left out. Raises
-    `ConfigError` for a data set without groups and for more clients than groups.
+    With fewer clients than groups, the `largest` groups or `random` ones are taken and the others left out; the groups
+    with the numbers `always` are taken first. Raises `ConfigError` for a data set without groups, for more clients
+    than groups, and for an `always` that names no group, one twice, or more groups than clients.
     """
     if dataset.train_groups is None:
         raise ConfigError(f"data set {dataset.name} has no natural groups; use partition iid or dirichlet")
@@ -35,6 +37,13 @@ def by_group(
         ranked = torch.argsort(sizes, descending=True, stable=True)
     else:
         ranked = torch.randperm(len(groups), generator=generator)
-    chosen = ranked[:num_clients].sort().values
+    named = [int(place) for place in ranked if int(groups[place]) in always]
+    if len(named) != len(always) or len(always) > num_clients:
+        raise ConfigError(
+            f"by_group wants always to be different groups of {dataset.name} with samples, {num_clients} at most; "
+            f"got {always}"
+        )
+    others = [place for place in ranked.tolist() if place not in named]
+    chosen = torch.tensor([*named, *others][:num_clients]).sort().values
     samples = torch.argsort(membership, stable=True).split(sizes.tolist())
     return [samples[number] for number in chosen.tolist()]

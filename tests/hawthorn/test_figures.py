@@ -9,15 +9,21 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from certify.crfl.corollary import feature_radius
+from certify.crfl.coupled import deviation, marginal_start_norm
+from certify.crfl.divergence import divergence_budget_lower
 from certify.crfl.training_record import TrainingRecord
 from hawthorn.arms.run import run_arms
 from hawthorn.cli import app
 from hawthorn.experiment import read_experiment
 from hawthorn.preflight import preflight
-from hawthorn.reproduce.certified import WAYS, certify_line
+from hawthorn.reproduce.by_rounds import radii_by_rounds
+from hawthorn.reproduce.certified import WAYS, Found, certify_line
 from hawthorn.reproduce.closeness import closeness
 from hawthorn.reproduce.figure import Line, read_figure
-from hawthorn.reproduce.figure_results import measure, summary, write_figure
+from hawthorn.reproduce.figure_picture import draw_certified, draw_closeness
+from hawthorn.reproduce.figure_results import measure, write_figure
+from hawthorn.reproduce.figure_tables import radii_of, summary
 from hawthorn.reproduce.study import read_study, shipped_studies
 from server.crfl import model_file, read_training_record
 from server.record import read_model
@@ -88,6 +94,23 @@ label = "against a scaling twin"
 [figure.curves.clean]
 arm = "attacked"
 clean = "clean"
+"""
+)
+ROUNDS = (
+    SETTINGS
+    + """
+[arms.default]
+[figure]
+kind = "rounds"
+pa = 0.8
+pb = 0.15
+last-round = 30
+[figure.curves.twice]
+arm = "default"
+ratio = 2.0
+[figure.curves.wide]
+arm = "default"
+ratio = 80
 """
 )
 
@@ -233,8 +256,6 @@ def test_closeness_is_the_distance_of_kept_models(tmp_path):
 
 def test_the_coupled_bound_covers_the_twins_distance(tmp_path):
     """Delta of the sound certificate, from the record alone, is above what happened."""
-    from certify.crfl.coupled import deviation
-
     study = study_of(tmp_path, CLOSENESS, rows=("attacked", "scaled"))
     run_all(study)
     folder = study.arms("attacked")[0].config.run_folder
@@ -243,6 +264,89 @@ def test_the_coupled_bound_covers_the_twins_distance(tmp_path):
     bound = float(deviation(record, record.attacking, record.start_norm).upper(0.1))
     largest = max(distance for _, distance in closeness(folder, study.arms("scaled")[0].config.run_folder))
     assert 0 < largest <= bound
+
+
+def test_radii_by_rounds_are_those_of_a_record_with_such_rounds(tmp_path, finished):
+    """Figure 9(b) of the run: Corollary 1 shrinks by the clip's contraction, and nothing else, from round to round."""
+    study = study_of(tmp_path, ROUNDS)
+    run_all(study)
+    twice, wide = measure(study)
+    record = read_training_record(study.arms("default")[0].config.run_folder)
+    budget = divergence_budget_lower(np.array([0.8]), np.array([0.15]))
+    alone = dataclasses.replace(record, rounds=record.rounds[:2], smoothing_sigma=0.02)
+    first = float(feature_radius(alone, budget)[0])
+    assert [number for number, *_ in twice.radii] == list(range(2, 31))
+    for number, printed, _ in twice.radii:
+        assert printed == pytest.approx(first / math.erf(2 / math.sqrt(2)) ** ((number - 2) / 2), rel=1e-9)
+    assert wide.radii[-1][1] == pytest.approx(first)  # at 80 sigma the paper's product is 1
+    amplified = [radius for *_, radius in wide.radii]
+    assert amplified[0] == 0.0  # flipped labels alone are more than one round's noise hides
+    assert amplified == sorted(amplified)
+    assert amplified[-1] > 0
+    files = write_figure(study, [twice, wide])
+    rows = list(csv.DictReader(files["csv"].open()))
+    assert (len(rows), rows[0]["curve"], rows[-1]["rounds"]) == (58, "twice", "30")
+    assert float(rows[1]["printed"]) == pytest.approx(twice.radii[1][1], rel=1e-8)
+    assert "| wide | 1 | 30 |" in files["md"].read_text()
+    assert files["png"].read_bytes()[:4] == b"\x89PNG"
+
+
+def test_amplified_radii_are_where_the_deviation_meets_what_the_noise_of_all_rounds_hides(finished):
+    record = read_training_record(finished.arms("default")[0].config.run_folder)
+    *_, (last, _, amplified) = radii_by_rounds(record, 3.0, 0.8, 0.15, 40)
+    attacked = dataclasses.replace(record.rounds[1], noise=0.02, model_norm=None)
+    later = dataclasses.replace(attacked, clip_norm=0.06)
+    shaped = dataclasses.replace(record, rounds=(record.rounds[0], attacked, *[later] * (last - 2)))
+    variance, divergence = 0.02**2 * np.arange(1, 40), float(divergence_budget_lower(0.8, 0.15))
+    contraction = math.erf(3 / math.sqrt(2)) ** np.arange(38, -1, -1)
+    hidden = float(np.sqrt(2 * variance * divergence / contraction).max())
+    moved = deviation(shaped, shaped.attacking, marginal_start_norm(shaped), any_training=True)
+    assert amplified > 0
+    assert float(moved.upper(amplified)) == pytest.approx(hidden, rel=1e-3)
+    assert float(moved.upper(amplified)) <= hidden
+
+
+def test_a_figure_of_rounds_says_what_is_missing(tmp_path, finished):
+    study = study_of(tmp_path, ROUNDS)
+    twice, wide = measure(study)
+    assert (twice.problem, wide.problem) == ("not run", "not run")
+    assert write_figure(study, [twice, wide])["png"].stat().st_size > 0
+    quiet = read_training_record(finished.arms("quiet")[0].config.run_folder)
+    with pytest.raises(RecordError, match="wants noise and rounds from 2 on"):
+        radii_by_rounds(quiet, 2.0, 0.7, 0.1, 10)
+
+
+def test_curves_that_ended_are_not_drawn_on_the_axis_and_the_dots_are_explained(finished):
+    found = measure(finished)
+    radii = {way: radii_of(finished, found, way) for way in WAYS}
+    picture = draw_certified(found, radii, "title", "what")
+    legend = [text.get_text() for text in picture.legends[0].get_texts()]
+    assert legend == ["what: one", "what: robust", "what: no noise", "accuracy, nothing certified"]
+    panel = picture.axes[0]
+    for line, each in zip(panel.get_lines(), (e for e in found if e.ways["paper"].certificates)):
+        heights = np.asarray(line.get_ydata(), dtype=float)
+        drawn = heights[~np.isnan(heights)]
+        assert (drawn[:-1] > 0).all()
+        if each.ways["paper"].radii.max() < 2.0:
+            assert drawn[-1] == 0
+    said = [text.get_text() for axes in picture.axes for text in axes.texts]
+    assert not any("every point abstains" in text for text in said)
+    sure = dataclasses.replace(found[0].ways["votes"].certificates[0], label=None, radius=0.0)
+    none = Found((sure,) * 60)
+    abstaining = dataclasses.replace(found[0], ways={**found[0].ways, "votes": none})
+    picture = draw_certified([abstaining], radii)
+    assert [t.get_text() for axes in picture.axes for t in axes.texts].count("every point abstains") == 2
+
+
+def test_logarithmic_axes_have_plain_numbers(tmp_path):
+    study = study_of(tmp_path, CLOSENESS)
+    run_all(study)
+    picture = draw_closeness(measure(study))
+    picture.draw_without_rendering()
+    labels = [tick.get_text() for tick in picture.axes[0].get_yticklabels()]
+    assert any(labels)
+    assert not any("$" in label for label in labels)
+    assert "seed" not in picture.legends[0].get_texts()[0].get_text()
 
 
 def test_runs_that_are_no_twins_are_not_compared(tmp_path, finished):
@@ -258,9 +362,11 @@ def test_runs_that_are_no_twins_are_not_compared(tmp_path, finished):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
+        (ROUNDS.replace("ratio = 2.0", "ratio = 0.0"), "wants ratio, the clip norm in units of the noise"),
+        (ROUNDS.replace("pb = 0.15", "pb = 0.9"), "wants pb < pa of sum 1 at most"),
         (CERTIFIED.replace("points = 60", "pionts = 60"), "no 'pionts'; it has: kind, max-radius"),
         (CERTIFIED.replace("points = 60", 'points = "all"'), "points must be a number from 0, got 'all'"),
-        (CERTIFIED.replace("points = 60", 'kind = "map"'), "one of certified, closeness, got 'map'"),
+        (CERTIFIED.replace("points = 60", 'kind = "map"'), "one of certified, closeness, .*got 'map'"),
         (CLOSENESS.replace('clean = "clean"', ""), "wants clean, one of the arms attacked, scaled, clean; got None"),
         (CLOSENESS.replace('arm = "attacked"\nclean = "scaled"', 'arm = "x"'), "wants arm, one of the arms"),
     ],
@@ -301,7 +407,7 @@ def variants():
 
 def test_every_figure_is_there():
     numbers = {"crfl-fig2", "crfl-fig3", "crfl-fig4", "crfl-fig5", "crfl-fig6", "crfl-fig7", "crfl-fig8", "crfl-fig9a"}
-    assert numbers | {"crfl-draws", "crfl-confidence", "crfl-attack-round"} == set(FIGURES)
+    assert numbers | {"crfl-fig9b", "crfl-draws", "crfl-confidence", "crfl-attack-round"} == set(FIGURES)
 
 
 def test_the_papers_settings():

@@ -153,7 +153,7 @@ def test_missing_rows_say_why(file, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"name": "flip-table9"}, "no reproduction 'flip-table9'; there are: flip-table1, flip-table2"),
+        ({"name": "flip-table99"}, "no reproduction 'flip-table99'; there are: .*flip-table1, .*flip-table2"),
         ({"rows": ["kurm"]}, "no row 'kurm'; there are: mean, krum, wide, typing, all"),
         ({"seeds": [1, 1]}, "different numbers, got 1, 1"),
         ({"seeds": []}, "different numbers, got none"),
@@ -171,7 +171,7 @@ def test_errors_say_what_exists(file, arguments, says):
 def test_every_row_of_the_papers_tables_is_there(name, dataset):
     experiment = read_experiment(str(shipped_studies()[name]), {}, variant=dataset)
     arms = {arm.label: arm for arm in experiment.arms}
-    assert set(experiment.paper) - set(arms) == {"flip"}
+    assert set(experiment.paper) <= set(arms)
     for label, arm in arms.items():
         assert arm.config is not None
         assert arm.paper in experiment.paper or label.startswith(("multi_krum", "flame"))
@@ -191,7 +191,7 @@ def test_every_row_of_the_papers_tables_is_there(name, dataset):
 
 
 def test_both_tables_start_from_one_pretraining():
-    starts = [read_experiment(str(path), {}).start for path in shipped_studies().values()]
+    starts = [read_experiment(str(shipped_studies()[name]), {}).start for name in ("flip-table1", "flip-table2")]
     assert len({start.config.name for start in starts if start and start.config}) == 1
 
 

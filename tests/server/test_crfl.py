@@ -12,16 +12,8 @@ from certify.crfl.training_record import TrainingRecord
 from client.attack import read_attack
 from client.trainer import LocalJob, honest
 from hawthorn.engines import in_process
-from server.crfl import (
-    batch_sizes,
-    data_norm,
-    model_file,
-    network_of,
-    read_poison,
-    read_training_record,
-    training_of,
-    training_record,
-)
+from server.crfl import model_file, network_of, read_training_record, training_record
+from server.crfl_work import batch_sizes, data_norm, read_poison, training_of
 from server.evaluate import Evaluator
 from server.record import read_model, read_run, read_updates
 from strategies.context import RoundContext
@@ -134,6 +126,7 @@ def test_an_attack_in_the_first_round_starts_from_the_initial_model(crfl):
     run(crfl.replace(num_rounds=1, attack_schedule="single_shot(rounds=(1,))"))
     record = TrainingRecord.load(crfl.run_folder / "crfl.json")
     initial = float(load(crfl).initial_vector().double().norm())
+    assert record.start_norm is not None
     assert initial <= record.start_norm == pytest.approx(initial)
     assert (record.attack_round, record.num_rounds, record.noise(1)) == (1, 1, 0.01)
 

@@ -116,6 +116,22 @@ def test_by_group_gives_whole_groups(data: Dataset) -> None:
         assert len(data.train_groups[part].unique()) == 1
 
 
+def test_by_group_takes_named_groups_before_the_largest(data: Dataset) -> None:
+    assert data.train_groups is not None
+    groups = data.train_groups
+    sizes = groups.bincount()
+    least = int(torch.where(sizes > 0, sizes, 10**6).argmin())
+    named = _split(f"by_group(always=({least},))", data, 3)
+    largest = sorted(sizes[sizes > 0].tolist())[-2:]
+    assert sorted(map(len, named)) == sorted([int(sizes[least]), *largest])
+    assert least in {int(groups[part].unique()) for part in named}
+    order = [int(groups[part][0]) for part in named]
+    assert order == sorted(order)
+    for always, num_clients in (((least, least), 3), ((7,), 3), ((least, 0, 10, 20), 3)):
+        with pytest.raises(ConfigError, match="wants always to be different groups"):
+            _split(f"by_group(always={always})", data, num_clients)
+
+
 @pytest.mark.parametrize(
     ("text", "num_clients", "message"),
     [
