@@ -49,6 +49,8 @@ RESERVED = ("title", "about", "extends", *TABLES)
 # Settings of where and how a run is done; they do not touch its numbers.
 MACHINE = frozenset({"resume", "name", "runs_dir", "data_dir", "workers", "round_timeout", "startup_timeout"})
 MACHINE |= {"metrics_port", "log_format", "tensorboard"}
+MACHINE |= {"gate_workers", "gate_service", "gate_timeout", "gate_attempts"}
+MACHINE |= {"gate_tls", "gate_tls_ca", "gate_tls_cert", "gate_tls_key", "gate_token_file"}
 
 
 @dataclass(frozen=True)

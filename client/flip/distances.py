@@ -41,6 +41,11 @@ class ClassDistances:
     def num_classes(self) -> int:
         return len(self.sizes)
 
+    def cool(self) -> None:
+        """Forget all distances, not the triggers: the next round begins with a warm-up again."""
+        self.sizes.zero_()
+        self.priority.fill_(-torch.inf)
+
     @property
     def cold(self) -> list[int]:
         """The target classes whose universal trigger is still to be inverted."""
@@ -54,11 +59,17 @@ class ClassDistances:
             self.priority /= largest
 
     def choose(
-        self, present: Tensor, random_pairs: float, generator: torch.Generator, taken: Collection[tuple[int, int]] = ()
+        self,
+        present: Tensor,
+        random_pairs: float,
+        generator: torch.Generator,
+        taken: Collection[tuple[int, int]] = (),
+        closest: bool = False,
     ) -> tuple[int, int] | None:
         """Return (source, target) to harden next: a random pair or the most promising; None if there is none.
 
         The source is one of the classes `present` ([classes], bool); pairs in `taken` are left out, either way round.
+        The most promising is the one of the largest priority, or with `closest` that of the smallest distance.
         """
         sources = [c for c in range(self.num_classes) if bool(present[c])]
         draw = torch.rand(3, generator=generator, dtype=torch.float64)  # always three, so that choices stay aligned
@@ -72,7 +83,8 @@ class ClassDistances:
                 return pair
         best, size = None, 0.0
         for source in sources:
-            for target, value in enumerate(self.priority[source].tolist()):
+            promise = 1 / self.sizes[source] if closest else self.priority[source]
+            for target, value in enumerate(promise.nan_to_num(0.0, posinf=0.0).tolist()):  # no distance: no promise
                 free = (source, target) not in taken and (target, source) not in taken
                 if source not in (self.previous, target) and free and (value > size or best is None) and value != 0:
                     best, size = (source, target), value

@@ -49,6 +49,8 @@ class HardeningSettings:
     max_size: float
     random_pairs: float
     pairs_at_once: int
+    order: Literal["farthest", "closest"] = "farthest"
+    warm_each_round: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ class Hardening:
     def run(self) -> None:
         """Train for the round: warm-up until every class has a universal trigger, then pairs."""
         batches, position, k = self._plan(), 0, self.settings.pairs_at_once
+        if self.settings.warm_each_round:
+            self.distances.cool()
         while position < len(batches):
             cold = self.distances.cold
             part = batches[position : position + (min(k, len(cold)) if cold else 2 * k)]
@@ -126,7 +130,8 @@ class Hardening:
         for _, labels in read:
             present = self._present(labels) if self.released else self.present
             taken = [pair for pair in pairs if pair is not None]
-            pairs.append(self.distances.choose(present, self.settings.random_pairs, self.draw, taken))
+            closest = self.settings.order == "closest"
+            pairs.append(self.distances.choose(present, self.settings.random_pairs, self.draw, taken, closest))
         self.num_pairs += sum(pair is not None for pair in pairs)
         self._visit(read, pairs, self.settings.first_steps, self.settings.alpha)
         read = [self._read(batch) for batch in batches[num:]]

@@ -48,6 +48,8 @@ def flip(
     max_size: float = 98.0,
     random_pairs: float = 0.3,
     pairs_at_once: int = 5,
+    order: Literal["farthest", "closest"] = "farthest",
+    warm_each_round: bool = False,
     early_exit: int = 0,
 ) -> LocalResult:
     """Train `epochs` passes over the client's data, at most `steps` batches, hardening pairs of classes on the way.
@@ -83,6 +85,8 @@ def flip(
         max_size=max_size,
         random_pairs=random_pairs,
         pairs_at_once=pairs_at_once,
+        order=order,
+        warm_each_round=warm_each_round,
     )
     job.model.train()
     if any(isinstance(module, SeededDropout) for module in job.model.modules()):

@@ -9,11 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Picture
 from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from certify.bounds import Floats
 from certify.crfl.curves import certified_accuracy, certified_rate
-from hawthorn.report._style import COLOURS, DASHES, GREY, WIDE, new_figure, round_axis
+from hawthorn.report._style import COLOURS, DASHES, GREY, WIDE, logarithmic, new_figure, round_axis
 from hawthorn.reproduce.by_rounds import ByRounds
 from hawthorn.reproduce.certified import WAYS, Certified
 from hawthorn.reproduce.closeness import Distances
@@ -119,7 +118,7 @@ def draw_closeness(found: Sequence[Distances], title: str = "") -> Picture:
     round_axis(axes, last)
     axes.set_ylabel("l2 distance of the models")
     if lines:
-        _logarithmic(axes)
+        logarithmic(axes)
         picture.legend(handles=lines, loc="outside lower left", ncols=2 if len(lines) > 4 else 1)
     else:
         text = next((each.problem for each in found if each.problem), "the models never differ")
@@ -127,13 +126,6 @@ def draw_closeness(found: Sequence[Distances], title: str = "") -> Picture:
     if title:
         picture.suptitle(title, x=0.01, ha="left", fontsize=11)
     return picture
-
-
-def _logarithmic(axes: Axes) -> None:
-    """Make the y axis logarithmic, with plain numbers."""
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def draw_rounds(found: Sequence[ByRounds], title: str = "", legend: str = "") -> Picture:
@@ -148,7 +140,7 @@ def draw_rounds(found: Sequence[ByRounds], title: str = "", legend: str = "") ->
             axes.plot(numbers, np.where(np.array(values) > 0, values, np.nan), **_look(place))
     for axes, name in zip(panels, names):
         axes.set_title(name)
-        _logarithmic(axes)
+        logarithmic(axes)
         axes.set_xlabel("rounds T")
         if not any(each.radii for each in found):
             text = next((each.problem for each in found if each.problem), "nothing")

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hawthorn.report._style import COLOURS, GREY, MARKERS, WIDE, new_figure
+from hawthorn.report._style import COLOURS, GREY, MARKERS, WIDE, logarithmic, new_figure
 from hawthorn.reproduce.robustness import Measured
 
 PAPER = "#b9b9b9"
@@ -34,7 +34,7 @@ def draw_rows(rows: Sequence[Measured], title: str) -> Figure:
     left.set_ylim(0, 105)
     right.set_title("mean certifiable loss, by radius")
     if known:
-        right.set_yscale("log")
+        logarithmic(right)
     handles, labels = left.get_legend_handles_labels()
     if handles:
         picture.legend(handles, labels, loc="outside lower left", ncols=len(labels))

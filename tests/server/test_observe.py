@@ -64,8 +64,12 @@ def test_every_line_of_a_json_log_has_run_and_round(config: RunConfig, monkeypat
     stream, logger = io.StringIO(), logging.getLogger("flwr")
     handler = logging.StreamHandler(stream)
     monkeypatch.setattr(logger, "handlers", [handler])
-    monkeypatch.setattr(logger, "level", logging.INFO)
-    in_process.run(config.replace(log_format="json", malicious_clients="2", attack="corrupt_reply(kinds=('nan',))"))
+    before = logger.level
+    logger.setLevel(logging.INFO)  # not the attribute: what other tests found disabled is remembered
+    try:
+        in_process.run(config.replace(log_format="json", malicious_clients="2", attack="corrupt_reply(kinds=('nan',))"))
+    finally:
+        logger.setLevel(before)
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]
     dropped = [line for line in lines if "dropped" in line["event"]]
     assert {line["run"] for line in lines} == {"test"}

@@ -33,6 +33,8 @@ SIZES = [
     ("lstm(vocabulary=5000)", (32,), 2 * 4 * 200 * (200 + 200 + 2) + 5000 * 200 + 201 * 10),
     ("resnet18_half", COLOUR, 2_797_610),
     ("small_cnn", GREY, 11_978),
+    ("mlp", GREY, 785 * 128 + 129 * 10),
+    ("mlp(hidden=(64, 32))", COLOUR, 3073 * 64 + 65 * 32 + 33 * 10),
 ]
 SHAPES = {text.split("(")[0]: shape for text, shape, _ in SIZES}
 
