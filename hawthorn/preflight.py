@@ -153,7 +153,7 @@ def _odd_gate(config: RunConfig) -> list[str]:
     if config.gate_service:
         with connect(config) as client:
             if not client.healthy():
-                warnings.append(f"no certification service answers at {config.gate_service}; rounds will be skipped")
+                warnings.append(f"no certification service answers at {config.gate_service} from here; rounds will be skipped where it stays away")
     return warnings
 
 

@@ -6,7 +6,8 @@
                         keep, with that round's line in its metadata
     model.safetensors   the same model as named arrays, at the end
     updates/, models/   per round, when the settings ask for them
-    crfl.json           what certificates need to know of the training, where CRFL runs (see `server.crfl`)
+    crfl.json           what certificates need to know of the training, where CRFL runs (see `server.crfl`); or
+    crfl-refused.txt    why there can be none
 
 The checkpoint is written first and renamed into place; the line of `rounds.jsonl` is inside it, so a kill between
 the two writes loses nothing: opening for resumption appends the missing line and cuts a half-written one.
