@@ -153,7 +153,8 @@ def _odd_gate(config: RunConfig) -> list[str]:
     if config.gate_service:
         with connect(config) as client:
             if not client.healthy():
-                warnings.append(f"no certification service answers at {config.gate_service} from here; rounds will be skipped where it stays away")
+                where = config.gate_service
+                warnings.append(f"no certification service answers at {where} from here; without it rounds are skipped")
     return warnings
 
 
