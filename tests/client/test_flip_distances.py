@@ -47,6 +47,24 @@ def test_the_promising_pair_has_the_largest_priority_and_another_source_than_the
     assert distances.choose(torch.zeros(4, dtype=torch.bool), 0.0, generator(1)) is None
 
 
+def test_the_closest_pair_first_and_none_without_a_distance():
+    distances = warmed()
+    assert distances.choose(EVERYONE, 0.0, generator(1), closest=True) == (0, 2)
+    assert distances.choose(EVERYONE, 0.0, generator(1), closest=True) == (1, 2)  # source 0 was the last one
+    distances.update(3, 0, 0.5, symmetric=False)
+    assert distances.choose(EVERYONE, 0.0, generator(1), closest=True) == (3, 0)
+    assert warmed(sizes=(0.0,) * 4).choose(EVERYONE, 0.0, generator(1), closest=True) is None
+
+
+def test_a_new_warm_up_keeps_the_triggers():
+    distances = warmed()
+    distances.remember(0, 1, trigger(0.5), 0)
+    distances.cool()
+    assert distances.cold == [0, 1, 2, 3]
+    assert float(distances.sizes.abs().sum()) == 0.0
+    assert distances.start(0, 1) is not None
+
+
 def test_random_pairs_come_as_often_as_asked_and_never_from_absent_classes():
     distances, draw, present = warmed(), generator(3), torch.tensor([True, False, True, False])
     pairs = [distances.choose(present, 1.0, draw) for _ in range(600)]
