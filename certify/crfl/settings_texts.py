@@ -12,6 +12,9 @@ from certify.record import Assumption, Status
 from tasks.errors import SpecError
 from tasks.spec import Component, hyper_parameters, resolve, resolve_chain
 
+# Arguments of local training that the bounds count; any other changes steps in ways they know nothing of. A gradient
+# shortened to a largest norm, for one, makes a step that may move two models apart, where a plain one cannot.
+_COUNTED = {"lr", "momentum", "weight_decay", "epochs", "steps", "batch_size", "decay_at", "decay_by", "round_decay"}
 _CLOSE = 1e-9  # relative: the record computes rates and norms by the same formulas
 
 
@@ -58,6 +61,9 @@ def _training(record: TrainingRecord) -> str:
     if component is None or component.name != "sgd":
         return "the theorems speak of plain SGD"
     known = _arguments(component)
+    for name, value in known.items():
+        if name not in _COUNTED and value is not None:
+            return f"the theorems know of no {name}"
     for name in ("momentum", "weight_decay"):
         if known[name] != getattr(record, name):
             return f"{name} is {getattr(record, name):g} in the record"

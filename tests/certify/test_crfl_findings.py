@@ -231,6 +231,8 @@ WRONG_TEXTS: list[tuple[dict[str, Any], str]] = [
     ({"model": "logistic_regression(mean=(0.5,), std=(0.01,))"}, "convex_loss"),
     ({"training": "sgd(lr=0.1, momentum=0.9)"}, "local_training"), ({"training": "sgd(lr=0.2)"}, "local_training"),
     ({"training": "sgd(lr=0.1, decay_at=(0.5,), decay_by=2.0)"}, "local_training"),
+    ({"training": "sgd(lr=0.1, max_gradient_norm=0.05)"}, "local_training"),
+    ({"training": "flip(lr=0.1)"}, "local_training"), ({"training": "adversarial(lr=0.1, eps=0.1)"}, "local_training"),
     ({"training": "something()"}, "local_training"), ({"training": ""}, "local_training"),
     ({"transform": "crfl(rho=100.0, sigma=0.1) | clip_model(max_norm=1.0)"}, "transform"),
     ({"transform": "crfl(rho=99.0, sigma=0.1)"}, "transform"), ({"transform": ""}, "transform"),
