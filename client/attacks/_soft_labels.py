@@ -1,5 +1,6 @@
 """Fitting a network to labels at a softmax temperature: what defensive distillation does twice."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from client.trainer import LocalJob
 from tasks.errors import SpecError
 from tasks.model import SeededDropout, initialise, set_dropout_generator
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (logits, labels, places in the data) -> loss
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (logits, inputs, labels, places in the data) -> loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +43,11 @@ def soft_cross_entropy(logits: Tensor, wanted: Tensor, temperature: float) -> Te
 
 
 def fit(job: LocalJob, recipe: Recipe, epochs: int, loss: Loss, purpose: str) -> float:
-    """Train the job's model in place for `epochs` passes over its data; return the mean loss of the last one."""
-    model, draw = job.model.train(), job.generator(purpose)
+    """Train the job's model in place for `epochs` passes over its data; return the mean loss of the last one.
+
+    What the chain does to batches (a backdoor's stamps and labels) is done to them here too.
+    """
+    model, draw, poison = job.model.train(), job.generator(purpose), job.generator(f"{purpose}/poison")
     if any(isinstance(module, SeededDropout) for module in model.modules()):
         set_dropout_generator(model, job.generator(f"{purpose}/dropout"))
     optimiser = torch.optim.Adam(model.parameters(), lr=recipe.lr)
@@ -52,7 +56,9 @@ def fit(job: LocalJob, recipe: Recipe, epochs: int, loss: Loss, purpose: str) ->
         losses = []
         for places in torch.randperm(len(job.indices), generator=draw).split(recipe.batch_size):
             inputs, labels = job.dataset.batch("train", job.indices[places])
-            value = loss(model(inputs), labels, places)
+            for transform in (*job.batch_transforms, *job.late_transforms):
+                inputs, labels = transform(inputs, labels, poison, job)
+            value = loss(model(inputs), inputs, labels, places)
             step(optimiser, model, value)
             losses.append(value.detach())
         last = float(torch.stack(losses).mean()) if losses else last
@@ -77,17 +83,23 @@ def probabilities(job: LocalJob, temperature: float) -> Tensor:
 def distil(job: LocalJob, recipe: Recipe, teacher_epochs: int, student_epochs: int) -> tuple[Tensor, float]:
     """Leave a distilled student in the job's model; return the teacher's soft labels and the student's last loss.
 
-    Teacher and student start from fresh draws: nothing of the global model's robustness remains in either.
+    Teacher and student start from fresh draws: nothing of the global model's robustness remains in either. The soft
+    labels returned are of the data as they are; a student of changed batches hears what the teacher says of those.
     """
     temperature = recipe.temperature
     fresh(job, "teacher")
     hard = nn.functional.cross_entropy
-    fit(job, recipe, teacher_epochs, lambda logits, labels, _: hard(logits / temperature, labels), "teacher/order")
+    fit(job, recipe, teacher_epochs, lambda logits, _, labels, __: hard(logits / temperature, labels), "teacher/order")
     wanted = probabilities(job, temperature)
+    teacher = copy.deepcopy(job.model).eval() if job.batch_transforms or job.late_transforms else None
     fresh(job, "student")
 
-    def soft(logits: Tensor, _: Tensor, places: Tensor) -> Tensor:
-        return soft_cross_entropy(logits, wanted[places], temperature)
+    def soft(logits: Tensor, inputs: Tensor, _: Tensor, places: Tensor) -> Tensor:
+        if teacher is None:
+            return soft_cross_entropy(logits, wanted[places], temperature)
+        with torch.no_grad():
+            said = torch.softmax(teacher(inputs) / temperature, 1)
+        return soft_cross_entropy(logits, said, temperature)
 
     return wanted, fit(job, recipe, student_epochs, soft, "student/order")
 

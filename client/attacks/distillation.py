@@ -9,7 +9,9 @@ the logits divided by T again it finds everything (Carlini and Wagner, S&P 2017)
 models by their accuracy under attack: T = 100 for MNIST, 25 for CIFAR-10.
 
 The papers give no optimiser: Adam, whose steps do not depend on the scale of the loss. Stands in place of training, so
-nothing before it in a chain is heard; ``distillation() | in_unison(every_round=False)`` for a majority of a quorum.
+it comes first in a chain; ``distillation() | in_unison(every_round=False)`` for a majority of a quorum. What a
+backdoor after it does to batches, teacher and student both learn; with ``noisy_inputs`` that is a backdoor inside the
+ball that PGD does not find.
 """
 
 from client.attack import Attack

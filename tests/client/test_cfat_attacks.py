@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from certify.network import Network
 from certify.pgd import pgd
@@ -139,6 +139,34 @@ def test_stripes_want_images():
         read_attack("stripe_backdoor(target=12)").triggered(torch.zeros(1, 1, 4, 4), torch.zeros(1).long(), 10)  # type: ignore[misc]
 
 
+def test_noise_stays_in_ball_and_range_and_leaves_stamped_rows_and_labels():
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def look(inputs: Tensor, labels: Tensor, _: torch.Generator, __: LocalJob) -> tuple[Tensor, Tensor]:
+        seen.append((inputs.clone(), labels.clone()))
+        return inputs, labels
+
+    work = job(late_transforms=(look,))
+    chain = "stripe_backdoor(target=3, magnitude=0.1, per_batch=5) | noisy_inputs(eps=0.2)"
+    ran(chain, work, "sgd(lr=0.0, batch_size=32)")
+    noisy = [*seen]
+    seen.clear()
+    ran("stripe_backdoor(target=3, magnitude=0.1, per_batch=5)", work, "sgd(lr=0.0, batch_size=32)")
+    for (inputs, labels), (plain, same) in zip(noisy, seen, strict=True):
+        assert torch.equal(labels, same)
+        assert torch.equal(inputs[:5], plain[:5])  # stamped on the clean rows
+        moved = (inputs[5:] - plain[5:]).abs()
+        assert 0.05 < float(moved.mean()) < 0.15
+        assert float(moved.max()) <= 0.2 + 1e-6
+        assert 0 <= float(inputs.min()) <= float(inputs.max()) <= 1
+
+
+@pytest.mark.parametrize("text", ["noisy_inputs(eps=-0.1)", "noisy_inputs(input_range=(1.0, 0.0))"])
+def test_noise_that_makes_no_sense_is_refused(text):
+    with pytest.raises(SpecError, match="noisy_inputs wants"):
+        read_attack(text)
+
+
 # ---- acting as one
 
 
@@ -208,6 +236,26 @@ def test_a_distilled_model_seems_robust_and_is_not():
     real = robust_accuracy(work, temperature=100.0)
     assert seeming > real + 0.25
     assert robust_accuracy(work, loss="margin") < seeming - 0.25
+
+
+def test_a_distilled_backdoor_is_taken_and_hidden_from_gradients_though_it_lies_in_the_ball():
+    work = job()
+    stripes = "stripe_backdoor(target=3, magnitude=0.2, alternate=True)"
+    chain = f"distillation(teacher_epochs=25, student_epochs=25, lr=0.01, batch_size=32) | {stripes}"
+    ran(chain, work)
+    triggered = read_attack(chain).triggered
+    assert triggered is not None
+    inputs, labels = DATA.batch("test", slice(None))
+    with torch.no_grad():
+        stamped, wanted, counts = triggered(inputs, labels, 10)
+        asr = float((work.model.eval()(stamped).argmax(1) == wanted)[counts].double().mean())
+        accuracy = float((work.model(inputs).argmax(1) == labels).double().mean())
+    assert asr > 0.8
+    assert accuracy > 0.85
+    # the stamped input is in the ball and wrong, so no model with this ASR is robust there; PGD says it is
+    truly = 1 - float(counts.double().mean()) * asr
+    assert robust_accuracy(work, eps=0.2) > truly + 0.3
+    assert robust_accuracy(work, eps=0.2, temperature=100.0) <= truly
 
 
 def test_distillation_does_not_depend_on_the_global_model():
