@@ -1,12 +1,13 @@
 """A long run with clients that die and come back: does everything stay recorded, and does memory stay flat?
 
-    python benchmarks/soak.py [--rounds 200] [--every 4] [--clients 4] [--json OUT]
+    python benchmarks/soak.py [--rounds 200] [--every 5] [--clients 8] [--json OUT]
 
 A federation of real processes (engine `cluster`) trains under a gate that the certification service decides; every few
-rounds the next client's SuperNode is killed and a new one started with the same key. Memory is the resident
-set of the ServerApp, of the SuperLink and of the service, in MB, after every tenth round. Flat means: the mean of the
-last quarter is at most 10 % (and 20 MB) above that of the second quarter. Exits with 1 if a round is missing,
-memory grew, or a client that came back had no part in the rounds after.
+rounds the next client's SuperNode is killed, unless half of them are away, and whatever SuperNode has ended is started
+anew with its key until the SuperLink takes it, as `restart: unless-stopped` does. Memory is the resident set of the
+ServerApp, of the SuperLink and of the service, in MB, after every tenth round. Flat means: the mean of the last
+quarter is at most 10 % (and 20 MB) above that of the second quarter. Exits with 1 if a round is missing, memory grew,
+or a client that was killed had no part in any round after.
 """
 
 import argparse
@@ -14,28 +15,34 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import fmean
-from typing import Any
+from statistics import fmean, median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
+from benchmarks.deployment.service import PATIENT, Certify
 from hawthorn.engines import QUIET, cluster
 from hawthorn.engines._endings import MARK
-from hawthorn.engines._processes import free_ports
 from hawthorn.engines.cluster import Cluster
 from server.record import RoundRecord, read_run
 from tasks.config import RunConfig
 
-ROOT = Path(__file__).resolve().parents[1]
 GROWTH, SLACK = 1.10, 20.0  # what counts as flat
+
+
+@dataclass
+class Kill:
+    """A client killed after a round, and when its update was used again: round, and seconds after the kill."""
+
+    round: int
+    client: int
+    back: int | None = None
+    seconds: float = 0.0
 
 
 @dataclass
@@ -43,7 +50,7 @@ class Soak:
     """What was measured: role -> resident MB after some rounds; who was killed when, and who came back."""
 
     memory: dict[str, list[float]] = field(default_factory=dict)
-    killed: list[tuple[int, int]] = field(default_factory=list)  # (round, client)
+    kills: list[Kill] = field(default_factory=list)
 
     def note(self, role: str, pid: int | None) -> None:
         """Add a process's resident memory."""
@@ -84,83 +91,90 @@ def named(program: str, mark: str) -> int | None:
     return None
 
 
+class Soaked(Cluster):
+    """A cluster that starts every SuperNode anew that ended, with the same key; `it` is the one that runs."""
+
+    it: "Soaked"
+
+    def __init__(self, *arguments) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(*arguments)
+        self.not_before = dict.fromkeys(range(self.config.num_clients), 0.0)
+        Soaked.it = self
+
+    def watch(self) -> None:
+        """A key is refused while the SuperLink waits for the heartbeat of the node that died: tried every 3 s."""
+        for client, moment in self.not_before.items():
+            if self.workplace.exit_code(f"supernode-{client}") is not None and time.monotonic() > moment:
+                self._start_supernode(client)
+                self.alive.add(client)
+                self.not_before[client] = time.monotonic() + 3.0
+        super().watch()
+
+    def kill(self, client: int) -> None:
+        """Kill a client's SuperNode."""
+        process = self.workplace.processes[f"supernode-{client}"]
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def mark(self) -> str:
+        """Return what this run's processes are known by."""
+        return self.workplace.environment[MARK]
+
+
+class Killer:
+    """Called after every round: notes who is back, kills whose turn it is, looks at memory."""
+
+    def __init__(self, rounds: int, clients: int, every: int, service: int) -> None:
+        self.rounds, self.clients, self.every, self.service = rounds, clients, every, service
+        self.seen, self.away, self.turn, self.due = Soak(), dict[int, tuple[Kill, float]](), 0, every
+
+    def __call__(self, record: RoundRecord) -> None:
+        for client in [c for c in self.away if c in record.clients]:
+            kill, begin = self.away.pop(client)
+            kill.back, kill.seconds = record.round, round(time.monotonic() - begin, 1)
+        if self.due <= record.round < 0.85 * self.rounds and len(self.away) < self.clients // 2:
+            while self.turn in self.away:
+                self.turn = (self.turn + 1) % self.clients
+            self.seen.kills.append(kill := Kill(record.round, self.turn))
+            self.away[self.turn] = kill, time.monotonic()
+            Soaked.it.kill(self.turn)
+            self.turn, self.due = (self.turn + 1) % self.clients, record.round + self.every
+        if record.round % 10 == 0:
+            self.look(record)
+
+    def look(self, record: RoundRecord) -> None:
+        """Note memory, print a line."""
+        self.seen.note("certify", self.service)
+        for program in ("flower-superlink", "flwr-serverapp"):
+            self.seen.note(program, named(program, Soaked.it.mark()))
+        last = {role: sizes[-1] for role, sizes in self.seen.memory.items()}
+        print(f"round {record.round}: {len(record.clients)} replies, {record.seconds:.1f} s, {last} MB", flush=True)
+
+
 def soak(rounds: int, clients: int, every: int, folder: Path) -> tuple[Soak, bool, str]:
     """Run; return what was measured, whether every round is there, and what went wrong."""
-    seen, running = Soak(), dict[str, Any]()
-    port = free_ports(1)[0]
-    service = subprocess.Popen(
-        [sys.executable, "-m", "certify", "serve", "--port", str(port), "--store", str(folder / "store"),
-         "--device", "cpu"],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
-    assert service.stdout is not None
-    service.stdout.readline()
-
-    class Soaked(Cluster):
-        """A cluster whose SuperNodes are killed and started again, with the same key."""
-
-        def __init__(self, *arguments) -> None:  # type: ignore[no-untyped-def]
-            super().__init__(*arguments)
-            running["it"] = self
-
-        def again(self, client: int) -> None:
-            """Kill a client's SuperNode; a thread starts it anew, until the SuperLink takes its key again."""
-            process = self.workplace.processes[f"supernode-{client}"]
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-            self.alive.discard(client)
-
-            def start() -> None:
-                deadline = time.monotonic() + 90
-                while time.monotonic() < deadline:
-                    self._start_supernode(client)
-                    time.sleep(6.0)  # a key of a node that died is refused until its heartbeat is missed
-                    if self.workplace.exit_code(f"supernode-{client}") is None:
-                        self.alive.add(client)
-                        return
-
-            threading.Thread(target=start, daemon=True).start()
-
-    def on_round(record: RoundRecord) -> None:
-        it = running["it"]
-        if record.round % every == 0 and record.round < rounds - 2 * every:
-            client = (record.round // every) % clients
-            seen.killed.append((record.round, client))
-            it.again(client)
-        if record.round % 10 == 0:
-            seen.note("certify", service.pid)
-            for program in ("flower-superlink", "flwr-serverapp"):
-                seen.note(program, named(program, it.workplace.environment[MARK]))
-            last = {role: sizes[-1] for role, sizes in seen.memory.items()}
-            print(f"round {record.round}: {len(record.clients)} replies, {record.seconds:.1f} s, {last} MB", flush=True)
-
-    config = RunConfig(
-        name="soak", runs_dir=str(folder), num_clients=clients, num_rounds=rounds, rule="geometric_median()",
-        training="sgd(lr=0.1, epochs=1, batch_size=32)", round_timeout=10.0, workers=1, gate="paper()",
-        gate_service=f"127.0.0.1:{port}", gate_validation=40, gate_certification=10, gate_attack_steps=2,
-        gate_probes=False, gate_eps="0.02", gate_timeout=30.0,
-    )  # fmt: skip
-    try:
-        cluster.run(config, on_round, lambda text: None, Soaked)
-    finally:
-        service.terminate()
-        service.wait(40)
+    with Certify(folder) as service:
+        assert service.process is not None
+        config = RunConfig(
+            name="soak", runs_dir=str(folder), num_clients=clients, num_rounds=rounds, rule="geometric_median()",
+            training="sgd(lr=0.1, epochs=1, batch_size=32)", round_timeout=10.0, workers=1, gate=PATIENT,
+            gate_service=f"127.0.0.1:{service.port}", gate_validation=40, gate_certification=10, gate_attack_steps=2,
+            gate_probes=False, gate_eps="0.02", gate_timeout=30.0,
+        )  # fmt: skip
+        killer = Killer(rounds, clients, every, service.process.pid)
+        cluster.run(config, killer, lambda text: None, Soaked)
     record = read_run(config.run_folder)
     whole = record.status == "finished" and [r.round for r in record.rounds] == list(range(1, rounds + 1))
-    wrong = []
-    for number, client in seen.killed:
-        later = record.rounds[number : number + 40]
-        if not any(client in r.clients for r in later) and number + 40 <= rounds:
-            wrong.append(f"client {client}, killed after round {number}, did not come back within 40 rounds")
-    return seen, whole, "; ".join(wrong)
+    gone = [f"client {kill.client}, killed after round {kill.round}" for kill in killer.seen.kills if kill.back is None]
+    return killer.seen, whole, "; ".join(f"{who}, did not come back" for who in gone)
 
 
 def main() -> None:
     """Print memory and what was lost; exit with 1 if something was."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--every", type=int, default=4)
-    parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--every", type=int, default=5)
+    parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     for key, value in QUIET.items():
@@ -173,10 +187,19 @@ def main() -> None:
     for role, (second, last) in growth.items():
         print(f"{role}: {second:.0f} MB in the second quarter, {last:.0f} MB in the last")
     seconds = time.monotonic() - begin
-    print(f"{given.rounds} rounds in {seconds:.0f} s, {len(seen.killed)} kills; every round recorded: {whole}")
+    print(f"{given.rounds} rounds in {seconds:.0f} s, {len(seen.kills)} kills; every round recorded: {whole}")
+    took = [kill.seconds for kill in seen.kills if kill.back is not None]
+    if took:
+        print(f"back after {min(took):.0f} to {max(took):.0f} s, {median(took):.0f} s in the middle")
     print(wrong or "every client that was killed came back")
     if given.json:
-        found = {"memory": seen.memory, "killed": seen.killed, "growth": growth, "whole": whole, "wrong": wrong}
+        found = {
+            "memory": seen.memory,
+            "kills": [asdict(kill) for kill in seen.kills],
+            "growth": growth,
+            "whole": whole,
+            "wrong": wrong,
+        }
         given.json.write_text(json.dumps(found, indent=2))
     sys.exit(not (whole and flat(growth) and not wrong))
 

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from tasks.config import RunConfig
 from tasks.dataset import Dataset
+from tasks.errors import SpecError
 from tasks.params import Layout
 from tasks.rng import generator
-from tasks.spec import Component
+from tasks.spec import Component, hyper_parameters
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,11 @@ def honest(training: Component) -> LocalTrainer:
 
     def train(job: LocalJob) -> LocalResult:
         chosen = job.training or training
+        if unknown := job.overrides.keys() - hyper_parameters(chosen.function).keys():
+            raise SpecError(
+                f"the attack trains with {min(unknown)}, which {chosen.name} does not have; give it a training of its "
+                f"own, such as train_with(training='sgd()', {min(unknown)}=...)"
+            )
         return chosen.function(job, **{**chosen.arguments, **job.overrides})
 
     return train

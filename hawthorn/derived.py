@@ -47,7 +47,7 @@ def like(
         if "like" in table:
             named = table["like"]
             known = {**below, **{other: values for other, values in found.items() if "run" not in values}}
-            if named not in known or "run" in known[named]:
+            if not isinstance(named, str) or named not in known or "run" in known[named]:
                 raise ConfigError(
                     f"{path}, arm {label}: like = {named!r} is no arm above it; there are: {', '.join(known)}"
                 )

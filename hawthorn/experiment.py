@@ -275,8 +275,9 @@ def settings_digest(config: RunConfig) -> str:
 def _load(path: Path) -> dict[str, Any]:
     try:
         content = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # tomllib's own error is a ValueError
         raise ConfigError(f"cannot read {path}: {error}") from None
+    _check_size(path, content)
     for key, value in content.items():
         if key not in RESERVED and isinstance(value, dict | list):
             known = ", ".join("[arms.NAME]" if table == "arms" else f"[{table}]" for table in TABLES)
@@ -286,7 +287,20 @@ def _load(path: Path) -> dict[str, Any]:
     for key in ("arms", "variants", "paper"):
         if not all(isinstance(table, dict) for table in content.get(key, {}).values()):
             raise ConfigError(f"{path}: settings and {key} must be tables: [settings], [{key}.NAME]")
+    for variant, table in content.get("variants", {}).items():
+        for key in ("arms", "pretrain"):
+            inner = table.get(key, {})
+            if not isinstance(inner, dict) or (key == "arms" and not all(isinstance(t, dict) for t in inner.values())):
+                raise ConfigError(f"{path}: [variants.{variant}] {key} must hold tables, got {inner!r}")
     return content
+
+
+def _check_size(path: Path, value: object) -> None:
+    """Refuse whole numbers beyond TOML's 64 bits, which Python reads and then cannot print."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{path}: a whole number has at most 64 bits")
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_size(path, inner)
 
 
 def _with_variant(path: Path, content: Mapping[str, Any], variant: str | None) -> tuple[dict[str, Any], str]:

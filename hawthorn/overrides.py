@@ -30,5 +30,5 @@ def _unquoted(text: str) -> str:
 def _value(key: str, text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text.lower()}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # tomllib's own error is a ValueError, and not its only one
         raise ConfigError(f"cannot read --set {key}={text}: write a number, or true or false") from None

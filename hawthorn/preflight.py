@@ -24,8 +24,11 @@ from tasks.task import load
 WIDTH = 64  # parameters of the updates that the rule is tried on
 
 
-def preflight(config: RunConfig) -> list[str]:
-    """Raise `HawthornError` for settings that cannot work together; return warnings about those that look odd."""
+def preflight(config: RunConfig, elsewhere: bool = False) -> list[str]:
+    """Raise `HawthornError` for settings that cannot work together; return warnings about those that look odd.
+
+    `elsewhere`: the server is in another place, which may reach a service that this one does not.
+    """
     config.resolve_components()
     task = load(config)
     if config.from_model:
@@ -35,7 +38,7 @@ def preflight(config: RunConfig) -> list[str]:
     _try_trigger(config)
     _try_training(config)
     _try_gate(config)
-    return [*_odd_attack(config), *_odd_rule(config), *_odd_sizes(config), *_odd_gate(config)]
+    return [*_odd_attack(config), *_odd_rule(config), *_odd_sizes(config), *_odd_gate(config, elsewhere)]
 
 
 def _try_collusion(config: RunConfig) -> None:
@@ -136,7 +139,7 @@ def _try_gate(config: RunConfig) -> None:
         raise ConfigError(f"the gate cannot measure model {config.model}: {error}") from None
 
 
-def _odd_gate(config: RunConfig) -> list[str]:
+def _odd_gate(config: RunConfig, elsewhere: bool = False) -> list[str]:
     """Say where a gate would let everything pass, stop training, or has nobody to ask."""
     if not config.gate:
         return []
@@ -150,7 +153,7 @@ def _odd_gate(config: RunConfig) -> list[str]:
         )
     if config.gate_every > 1:
         warnings.append(f"gate-every is {config.gate_every}: clients train on models that were not measured yet")
-    if config.gate_service:
+    if config.gate_service and not elsewhere:
         with connect(config) as client:
             if not client.healthy():
                 where = config.gate_service

@@ -76,7 +76,7 @@ class Federation:
     def __init__(self, config: RunConfig, task: Task, grid: Grid, writer: RunWriter) -> None:
         self.config, self.task, self.grid, self.writer = config, task, grid, writer
         self.schedule: Schedule = config.component("attack_schedule")()
-        self.population = Population(config.num_clients)
+        self.population = Population(config.num_clients, restarts=not has_fixed_members(grid))
         attack = read_attack(config.attack)
         target_set = attack.target_set(task.dataset, config.data_dir) if attack.target_set else None
         self.evaluate = Evaluator(task, attack.triggered, config.tau, target_set)
@@ -120,6 +120,7 @@ class Federation:
 
     def _round(self, number: int, vector: Tensor) -> tuple[RoundRecord, Tensor]:
         begin = time.perf_counter()
+        self._wait_for_enough(number)
         sent = self.strategy.memory.get(BROADCAST, vector)
         messages = self.strategy.configure_train(number, to_record(sent, self.task.layout), ConfigRecord(), self.grid)
         replies = self.grid.send_and_receive(messages, timeout=self.config.round_timeout)
@@ -208,6 +209,20 @@ class Federation:
         if len(here) < wanted:
             log(WARNING, "only %d of %d clients are here (num-clients); going on with those", len(here), wanted)
         log(INFO, "%d of %d clients are here", len(here), wanted)
+
+    def _wait_for_enough(self, number: int) -> None:
+        """Wait, at most the round's timeout, while fewer clients could be asked than must answer.
+
+        While a network or the SuperLink is away, a run's rounds would all be over, empty, before anybody is back.
+        """
+        deadline = time.monotonic() + self.config.round_timeout
+        wanted = min(self.config.min_replies, self.config.num_clients)
+        self.population.refresh(self.grid)
+        if self.population.num_free < wanted:
+            log(WARNING, "round %d waits for clients: %d are here and free", number, self.population.num_free)
+        while self.population.num_free < wanted and time.monotonic() < deadline:
+            time.sleep(0.1)
+            self.population.refresh(self.grid)
 
     def _facts(self) -> dict[str, object]:
         dataset = self.task.dataset

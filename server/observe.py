@@ -40,7 +40,7 @@ class Observers:
         self._opened = contextlib.ExitStack()
         self.port: int | None = None
         self._followers: list[Callable[[RoundRecord], None]] = []
-        context = RunContext(config.name, first)
+        self._context = context = RunContext(config.name, first)
         self._opened.enter_context(json_logs(context) if config.log_format == "json" else contextlib.nullcontext())
         if config.metrics_port:
             metrics = RunMetrics(config)
@@ -50,7 +50,6 @@ class Observers:
             events = EventFiles(config)
             self._opened.callback(events.close)
             self._followers.append(events.add)
-        self._followers.append(context.add)
 
     def follow(self, on_round: Callable[[RoundRecord], None] | None) -> Callable[[RoundRecord], None]:
         """Return what is to be called after each round: everything here, then `on_round`."""
@@ -60,6 +59,7 @@ class Observers:
                 follower(record)
             if on_round is not None:
                 on_round(record)
+            self._context.add(record)  # last: what is said of a round before is said in it
 
         return followed
 
@@ -179,15 +179,17 @@ class RunContext(logging.Filter):
 
 @contextlib.contextmanager
 def json_logs(context: RunContext) -> Any:
-    """Write Flower's log, which the server's is part of, as one JSON object per line until the block ends."""
+    """Write Flower's log, which the server's is part of, as one JSON object per line until the block ends.
+
+    Flower's own handler has a `format` that asks no formatter; one of the instance's takes its place.
+    """
     handlers = list(logging.getLogger("flwr").handlers)
-    before = [(handler, handler.formatter) for handler in handlers]
     for handler in handlers:
-        handler.setFormatter(JsonLines())
+        handler.format = JsonLines().format  # type: ignore[method-assign]
         handler.addFilter(context)
     try:
         yield
     finally:
-        for handler, formatter in before:
-            handler.setFormatter(formatter)
+        for handler in handlers:
+            del handler.format
             handler.removeFilter(context)

@@ -4,6 +4,10 @@ A node id is random for every process start (unless SuperNodes are authenticated
 Nothing here waits: questions are sent in one round and answers collected in a later one, so that a node which never
 answers costs nobody time. The answer is the node's claim; of two nodes that claim one client the later one waits until
 the earlier is gone.
+
+A process that is killed and started again before anybody missed it is the same node, and knows nothing of what it was
+asked: its reply would be waited for for ever. Nodes work one message at a time, so a node that owes a reply is asked
+who it is: an answer says that it is free.
 """
 
 from collections.abc import Iterable
@@ -17,19 +21,23 @@ from strategies.checks import shorten
 
 MAX_QUESTIONS = 3  # a node that answers with errors is asked so often
 LONGEST_REST = 64  # rounds
+PATIENCE = 20  # looks for an answer until the question is asked again, as it may be lost too; doubles each time
 
 
 class Population:
     """Maps node ids to client ids, asks new nodes for theirs, and remembers who owes a reply or rests."""
 
-    def __init__(self, num_clients: int) -> None:
+    def __init__(self, num_clients: int, restarts: bool = False) -> None:
         self.num_clients = num_clients
+        self.restarts = restarts  # whether nodes may be processes that forget what they were asked
         self.client_of: dict[int, int] = {}  # node id -> client id, of every node accepted, in order of acceptance
         self.node_of: dict[int, int] = {}  # client id -> node id, of the clients that are here now
         self.roles: dict[int, str] = {}  # client id -> role it says it has; for the record only
         self.owing: dict[int, str] = {}  # node id -> id of the message it has not answered in time
         self._asked: dict[int, str] = {}  # node id -> id of the question it has not answered yet
         self._questions: dict[int, int] = {}  # node id -> how often it was asked
+        self._looks: dict[int, int] = {}  # node id -> looks for its answer since it was asked
+        self._probes: dict[int, int] = {}  # node id -> questions lost since it owes a reply
         self._refused: set[int] = set()  # nodes whose answer was no client id
         self._waiting: dict[int, ConfigRecord] = {}  # node id -> its answer, while another node is that client
         self._misses: dict[int, int] = {}  # client id -> deadlines missed so far
@@ -42,11 +50,16 @@ class Population:
         self._collect(grid, here)
         for node, answer in list(self._waiting.items()):
             self._admit(node, answer, here)
-        known = self.client_of.keys() | self._refused | self._waiting.keys() | self._asked.keys()
-        self._ask(grid, sorted(here - known))
+        known = self.client_of.keys() | self._refused | self._waiting.keys()
+        self._ask(grid, sorted((here - known - self._asked.keys()) | self._unheard()))
         self._collect(grid, here)  # engines that answer at once have answered
         self.node_of = {client: node for node, client in self.client_of.items() if node in here}
         return sorted(c for c, node in self.node_of.items() if node not in self.owing and not self._rest.get(c))
+
+    @property
+    def num_free(self) -> int:
+        """Clients that were here at the last `refresh` and owe no reply; those that rest count."""
+        return sum(node not in self.owing for node in self.node_of.values())
 
     def end_round(self, missed: dict[int, str]) -> None:
         """Note who did not answer in time (node id -> message id); everybody's rest gets a round shorter.
@@ -63,10 +76,22 @@ class Population:
 
     def _forget(self, here: set[int]) -> None:
         """Drop what concerns nodes that are gone."""
-        for book in (self.owing, self._asked, self._waiting, self._questions):
+        for book in (self.owing, self._asked, self._waiting, self._questions, self._looks, self._probes):
             for node in book.keys() - here:
                 del book[node]
         self._refused &= here
+
+    def _unheard(self) -> set[int]:
+        """Return the nodes to ask because they may have forgotten what they owe, or the question itself."""
+        if not self.restarts:
+            return set()
+        again = set()
+        for node in self._asked:
+            self._looks[node] = self._looks.get(node, 0) + 1
+            if self._looks[node] >= PATIENCE * 2 ** self._probes.get(node, 0):
+                self._probes[node] = self._probes.get(node, 0) + 1
+                again.add(node)
+        return again | (self.owing.keys() - self._asked.keys())
 
     def _ask(self, grid: Grid, nodes: Iterable[int]) -> None:
         questions = [Message(RecordDict(), node, "query.whoami") for node in nodes]
@@ -75,11 +100,14 @@ class Population:
         for question in questions:
             node = question.metadata.dst_node_id
             self._asked[node] = question.metadata.message_id
-            self._questions[node] = self._questions.get(node, 0) + 1
+            self._looks[node] = 0
+            if node not in self.client_of:
+                self._questions[node] = self._questions.get(node, 0) + 1
 
     def _collect(self, grid: Grid, here: set[int]) -> None:
         """Take answers to questions, and late replies: too late to use, but their senders are free again."""
-        expected = {message: node for book in (self._asked, self.owing) for node, message in book.items()}
+        questions = {message: node for node, message in self._asked.items()}
+        expected = questions | {message: node for node, message in self.owing.items()}
         if not expected:
             return
         replies = {reply.metadata.reply_to_message_id: reply for reply in grid.pull_messages(list(expected))}
@@ -87,8 +115,11 @@ class Population:
             if message_id not in replies:
                 continue
             self.owing.pop(node, None)
-            if self._asked.pop(node, None) is not None:
-                self._hear(node, replies[message_id], here)
+            if message_id in questions:
+                del self._asked[node]
+                self._probes.pop(node, None)
+                if node not in self.client_of:
+                    self._hear(node, replies[message_id], here)
 
     def _hear(self, node: int, reply: Message, here: set[int]) -> None:
         if reply.has_error():

@@ -25,6 +25,7 @@ Scalar: TypeAlias = bool | int | float | str
 
 CHAINS = ("attack", "mixing", "transform")  # kinds whose settings name any number of components
 OPTIONAL = ("collusion", "gate")  # kinds whose settings may be empty
+PATHS = ("runs_dir", "data_dir", "from_model", "gate_tls_ca", "gate_tls_cert", "gate_tls_key", "gate_token_file")
 
 
 def setting(
@@ -199,6 +200,8 @@ class RunConfig:
             raise ConfigError(
                 f"name must be of letters, digits and . _ - + = @ /, no part starting with '.', got {self.name!r}"
             )
+        for key in PATHS:
+            _check_home(key.replace("_", "-"), getattr(self, key))
         if self.gate:
             parse_radii(self.gate_eps)
             if (self.gate_tls_cert == "") != (self.gate_tls_key == ""):
@@ -214,7 +217,7 @@ def parse_clients(text: str, num_clients: int, seed: int) -> tuple[int, ...]:
     text = text.strip()
     if not text:
         return ()
-    if share := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text):
+    if share := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*%", text):
         fraction = float(share[1]) / 100
         if fraction > 1:
             raise ConfigError(f"malicious-clients is {text!r}: a share is at most 100%")
@@ -222,7 +225,7 @@ def parse_clients(text: str, num_clients: int, seed: int) -> tuple[int, ...]:
         return tuple(sorted(torch.randperm(num_clients, generator=generator(seed, "malicious"))[:count].tolist()))
     ids: set[int] = set()
     for part in text.split(","):
-        if not (match := re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)):
+        if not (match := re.fullmatch(r"\s*([0-9]{1,18})(?:\s*-\s*([0-9]{1,18}))?\s*", part)):
             raise ConfigError(f"cannot read malicious-clients {text!r}: write ids as '0,3,7-9' or a share as '20%'")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
@@ -238,7 +241,7 @@ def parse_clients(text: str, num_clients: int, seed: int) -> tuple[int, ...]:
 def parse_radii(text: str) -> tuple[float, ...]:
     """Read ascending radii from '0.1,0.15' or '1/255, 4/255'; raises `ConfigError`."""
     try:
-        radii = tuple(float(Fraction(part.strip())) for part in text.split(","))
+        radii = tuple(_radius(part.strip()) for part in text.split(","))
     except (ValueError, ZeroDivisionError, OverflowError):
         raise ConfigError(f"gate-eps must be radii as '0.1,0.15,0.25' or '1/255,4/255', got {text!r}") from None
     if not all(0 <= radius <= 1e6 for radius in radii) or sorted(set(radii)) != list(radii):
@@ -246,22 +249,56 @@ def parse_radii(text: str) -> tuple[float, ...]:
     return radii
 
 
+def _radius(text: str) -> float:
+    """Read a number or a quotient of two, correctly rounded; `ValueError` for one that would take long to work out."""
+    if not re.fullmatch(r"[0-9.+/-]{1,40}(?:[eE][+-]?[0-9]{1,3})?", text):
+        raise ValueError(text)
+    return float(Fraction(text))
+
+
+def _check_home(key: str, path: str) -> None:
+    try:
+        Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{key} is {path!r}, but this machine knows no such user's home folder") from None
+
+
 def _checked(key: str, value: Any, field: dataclasses.Field[Any]) -> Scalar:
     wanted = type(field.default)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{key} must be {_type_name(wanted)}, got a whole number of more than 64 bits")
+    if isinstance(value, str) and ("\0" in value or not _is_unicode(value)):
+        raise ConfigError(f"{key} must be text without NUL and halves of characters, got {value[:100]!r}")
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
-        raise ConfigError(f"{key} must be {_type_name(wanted)}, got {value!r}")
+        raise ConfigError(f"{key} must be {_type_name(wanted)}, got {_shown(value)}")
     low, high, choices = field.metadata["low"], field.metadata["high"], field.metadata["choices"]
-    if wanted is float and not math.isfinite(value):
-        raise ConfigError(f"{key} must be finite, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key} must be finite, got {_shown(value)}")
     if low is not None and value < low:
-        raise ConfigError(f"{key} must be at least {low}, got {value!r}")
+        raise ConfigError(f"{key} must be at least {low}, got {_shown(value)}")
     if high is not None and value > high:
-        raise ConfigError(f"{key} must be at most {high}, got {value!r}")
+        raise ConfigError(f"{key} must be at most {high}, got {_shown(value)}")
     if choices and value not in choices:
-        raise ConfigError(f"{key} must be one of {', '.join(choices)}, got {value!r}")
+        raise ConfigError(f"{key} must be one of {', '.join(choices)}, got {_shown(value)}")
     return value
+
+
+def _shown(value: Any) -> str:
+    """Return a value as a message shows it; Python prints no whole number of more than 4300 digits."""
+    try:
+        return repr(value)[:200]
+    except ValueError:
+        return "a number too long to be shown"
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _type_name(wanted: type) -> str:

@@ -115,12 +115,22 @@ def _call(node: ast.expr, text: str) -> tuple[str, dict[str, typing.Any]]:
         raise SpecError(f"cannot read {text!r}: arguments of {node.func.id} are given by name, as argument=value")
     arguments: dict[str, typing.Any] = {}
     for keyword in node.keywords:
+        if keyword.arg in arguments:
+            raise SpecError(f"cannot read {text!r}: {keyword.arg} is given twice")
+        _check_size(keyword)
         try:
             arguments[str(keyword.arg)] = ast.literal_eval(keyword.value)
         except (ValueError, TypeError, MemoryError, RecursionError):
             wanted = "a number, text, tuple, list, True, False or None"
             raise SpecError(f"cannot read {keyword.arg} in {text!r}: its value must be {wanted}") from None
     return node.func.id, arguments
+
+
+def _check_size(keyword: ast.keyword) -> None:
+    """Raise `SpecError` for whole numbers that no computation here could hold, or even print."""
+    for node in ast.walk(keyword.value):
+        if isinstance(node, ast.Constant) and isinstance(node.value, int) and node.value.bit_length() > 63:
+            raise SpecError(f"{keyword.arg} holds a whole number of more than 64 bits")
 
 
 def _bind(kind: str, name: str, arguments: dict[str, typing.Any]) -> Component:

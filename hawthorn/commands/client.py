@@ -57,8 +57,8 @@ def client(
         lock.close()
     if code != 0:
         print_line(
-            f"client {number}: the SuperNode ended with code {code}; if the SuperLink refused its key, register it: "
-            "hawthorn keys register"
+            f"client {number}: the SuperNode ended with code {code}; if the SuperLink refused its key, register it "
+            "(hawthorn keys register), or wait until it has missed the node that had it before (20 s)"
         )
     raise typer.Exit(code if 0 <= code < 256 else 1)
 

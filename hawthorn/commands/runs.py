@@ -14,7 +14,7 @@ from rich.table import Table
 from hawthorn.arms.perform import How, Outcome
 from hawthorn.arms.progress import display, tell_earlier
 from hawthorn.arms.run import run_arms
-from hawthorn.engines import find_engine
+from hawthorn.engines import REMOTE, find_engine
 from hawthorn.experiment import Arm, Experiment, distinct, read_experiment
 from hawthorn.overrides import read_overrides
 from hawthorn.preflight import preflight
@@ -47,7 +47,8 @@ def run(
     arms = distinct(a for a in experiment.arms if not a.extra)
     if not experiment.axes:
         for config in experiment.runs:
-            for warning in preflight(config.replace(from_model="") if experiment.start else config):
+            checked = config.replace(from_model="") if experiment.start else config
+            for warning in preflight(checked, elsewhere=engine in REMOTE):
                 console.print(f"{config.name}: {warning}", style="yellow", soft_wrap=True)
     if keep:
         tell_earlier(console, arms)

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hawthorn.engines import QUIET, _launcher, _warm
+from hawthorn.engines import QUIET, _launcher, _waits, _warm
 from hawthorn.engines._endings import ENDING_SIGNALS, MARK, end_groups, end_marked, ignored_signals, interrupt, leave
 from tasks.errors import EngineError
 
@@ -172,7 +172,7 @@ class Workplace:
     def _write_launchers(self) -> None:
         (self.folder / "bin").mkdir()
         for program in _warm.PROGRAMS:
-            words = [sys.executable, "-IS", _launcher.__file__, program, find_program(program)]
+            words = [sys.executable, "-IS", _launcher.__file__, program, self._cold(program)]
             line = f'exec {shlex.join(words)} "$@"'
             if program in LOGGED_APART:
                 line = f"echo $$ >{shlex.quote(str(self.folder / 'serverapp.pid'))}\n{line}"
@@ -181,6 +181,18 @@ class Workplace:
             path.write_text(f"#!/bin/sh\n{line}\n")
             path.chmod(0o755)
         (self.logs / "serverapp.log").write_bytes(b"")
+
+    def _cold(self, program: str) -> str:
+        """Return the path of a program that does without the warm server what is done in it, or of Flower's own."""
+        module, _, function = _warm.PROGRAMS[program].partition(":")
+        if module != _waits.__name__:
+            return find_program(program)
+        code = f"import sys; from {module} import {function}, shorten_constants; shorten_constants(); "
+        words = [sys.executable, "-c", f"{code}sys.exit({function}())"]
+        path = self.folder / "bin" / f"cold-{program}"
+        path.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+        path.chmod(0o755)
+        return str(path)
 
     def _end(self) -> None:
         warm = self.processes.get("warm")

@@ -1,4 +1,4 @@
-"""Shorter waits in Flower's own processes; the only place where Hawthorn reaches into Flower.
+"""Shorter waits in Flower's own processes, and a word where it has none; the only place that reaches into Flower.
 
 Flower 1.36 is built for clients far away: a SuperNode sleeps 3 s after it found no message and 0.5 s between looks for
 its ClientApp's reply, the ServerApp's grid sleeps 3 s between looks for replies, whoever pulls an object that is
@@ -6,6 +6,9 @@ still on its way tries again after 1 s, and a node or a ClientApp that was kille
 variable changes that, and on one machine these waits are most of a round. Processes forked by `_warm.py` therefore
 set two constants before Flower's modules read them, and the two modules that hold those loops see a `time` whose
 `sleep` is capped. If Flower no longer looks as expected, nothing is changed and rounds are slower.
+
+A SuperNode whose signature the SuperLink refuses (its clock is wrong, its key was taken out) sends itself SIGINT and
+ends as if it had been asked to, without a word and with code 0. Here it says why and ends with code 1.
 """
 
 import importlib
@@ -23,6 +26,13 @@ POLL_VARIABLE = "HAWTHORN_LONGEST_POLL"  # longest sleep of the two loops, in se
 CONSTANTS = {
     "flwr.supercore.constant": {"PULL_INITIAL_BACKOFF": 0.05},
     "flwr.common.constant": {"HEARTBEAT_DEFAULT_INTERVAL": 10},
+}
+
+
+# What is to be done about a refusal, by the SuperLink's words for it.
+REFUSALS = {
+    "Invalid timestamp": "this machine's clock may be 5 s ahead of the SuperLink's, or 5 minutes behind",
+    "Invalid node ID": "its key is no longer registered",
 }
 
 
@@ -60,6 +70,34 @@ def shorten_constants(constants: Mapping[str, Mapping[str, float]] = CONSTANTS) 
     return changed
 
 
+class TellingOs:
+    """The `os` module with a `kill` that says which refusal of the SuperLink it is called for, and ends this process.
+
+    Flower's own way out, SIGINT, waits for an answer to its farewell until it gives up with code 0.
+    """
+
+    def kill(self, pid: int, number: int) -> None:
+        """Tell of the gRPC error that is being handled; end with code 1."""
+        error = sys.exc_info()[1]
+        said = str(getattr(error, "details", lambda: error)() or error)
+        hint = next((hint for words, hint in REFUSALS.items() if words in said), "is its key registered?")
+        print(f"the SuperLink refused this SuperNode: {said}; {hint}")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+
+def tell_refusals(module: ModuleType) -> bool:
+    """Let a module that says ``os.kill`` to end its own process tell why; return whether it says ``os``."""
+    if getattr(module, "os", None) is not os:
+        return False
+    module.os = TellingOs()  # type: ignore[attr-defined]
+    return True
+
+
 def flower_supernode() -> object:
     """Run ``flower-supernode``, the sleeps of its loop capped as the environment asks for.
 
@@ -67,6 +105,7 @@ def flower_supernode() -> object:
     nothing. It ends here, so that whoever started it sees that it did.
     """
     try:
+        tell_refusals(importlib.import_module("flwr.supercore.retry.grpc_retry"))
         return _with_capped_sleeps("flwr.supernode.start_client_internal", "flwr.supernode.cli", "flower_supernode")
     except Exception:
         traceback.print_exc()

@@ -13,6 +13,7 @@ from torch import Tensor
 from tasks.errors import ConfigError
 
 LARGEST = torch.finfo(torch.float32).max  # of v: beyond it inf - inf would make the model NaN, and inf never shrinks
+LARGEST_TAU = 1e18  # its square is the first v
 SecondMoment = Callable[[Tensor, Tensor], Tensor]  # (v, aggregate squared) -> v
 
 
@@ -20,8 +21,9 @@ def adaptive(
     name: str, aggregate: Tensor, memory: dict[str, Tensor], beta1: float, beta2: float, tau: float, grow: SecondMoment
 ) -> Tensor:
     """Return the direction (``[params]``) and keep both moments in `memory`."""
-    if not (0 <= beta1 < 1 and 0 <= beta2 < 1 and tau > 0):
-        raise ConfigError(f"{name} wants beta1 and beta2 in [0, 1) and tau > 0, got {beta1}, {beta2} and {tau}")
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1 and 0 < tau < LARGEST_TAU):
+        given = f"{beta1}, {beta2} and {tau}"
+        raise ConfigError(f"{name} wants beta1 and beta2 in [0, 1) and tau in (0, {LARGEST_TAU:g}), got {given}")
     first = beta1 * memory.get(f"{name}.first", torch.zeros_like(aggregate)) + (1 - beta1) * aggregate
     square = aggregate.square().clamp(max=LARGEST)
     second = grow(memory.get(f"{name}.second", torch.full_like(aggregate, tau * tau)), square).clamp(max=LARGEST)

@@ -42,7 +42,7 @@ def dnc(
     num_clients = len(updates)
     f = count_byzantine(num_byzantine, num_clients)
     require_clients("dnc", "2f + 1", 2 * f + 1, num_clients, f)
-    dropped = math.ceil(filter_fraction * f - 1e-9)  # 1.1 * 10 is 11, not 11.0000...2
+    dropped = math.ceil(min(filter_fraction * f, num_clients) - 1e-9)  # 1.1 * 10 is 11, not 11.0000...2
     if dropped >= num_clients:
         raise AggregationError(
             f"dnc wants n > filter_fraction * f, got n = {num_clients} with {filter_fraction} * {f}; lower either"

@@ -3,6 +3,8 @@
 The whole table is `python benchmarks/faults.py`; killed SuperNodes are also in tests/hawthorn/test_engines.py.
 """
 
+import dataclasses
+import json
 import os
 import shutil
 import socket
@@ -20,6 +22,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import faults  # noqa: E402
 import soak  # noqa: E402
 
+from benchmarks.deployment import nodes, servers, trial  # noqa: E402
 from server.record import RoundRecord, RunRecord  # noqa: E402
 from tasks.config import RunConfig  # noqa: E402
 
@@ -35,11 +38,11 @@ def record(*rounds: int, status: str = "finished") -> RunRecord:
 
 
 def test_a_run_is_complete_with_every_round_once() -> None:
-    assert faults.complete(record(1, 2, 3))
-    assert not faults.complete(record(1, 3))
-    assert not faults.complete(record(1, 2, 2))
-    assert not faults.complete(record(1, 2, 3, status="interrupted"))
-    assert faults.reasons(record(1, 2, 3)) == "client 1 dropped in 3 rounds: no reply within 5 s"
+    assert trial.complete(record(1, 2, 3))
+    assert not trial.complete(record(1, 3))
+    assert not trial.complete(record(1, 2, 2))
+    assert not trial.complete(record(1, 2, 3, status="interrupted"))
+    assert trial.reasons(record(1, 2, 3)) == "client 1 dropped in 3 rounds: no reply within 5 s"
 
 
 def test_a_frozen_network_holds_bytes_back_and_loses_none() -> None:
@@ -52,7 +55,7 @@ def test_a_frozen_network_holds_bytes_back_and_loses_none() -> None:
                 connection.sendall(data)
 
         threading.Thread(target=answer, daemon=True).start()
-        proxy = faults.Freezer(port)
+        proxy = nodes.Freezer(port)
         with socket.create_connection(("127.0.0.1", proxy.port), 5) as client:
             client.sendall(b"one")
             assert client.recv(10) == b"one"
@@ -72,21 +75,59 @@ def test_a_full_disk_loses_no_finished_round(tmp_path: Path) -> None:
         pytest.skip("needs unshare, to mount a small disk")
     if subprocess.run(["unshare", "--map-root-user", "--mount", "true"], check=False, capture_output=True).returncode:
         pytest.skip("this machine lets nobody mount")
-    row = faults.full_disk(tmp_path)
+    row = servers.full_disk(tmp_path)
     assert row.passed, row
     assert "cannot write" in row.seen
 
 
 def test_a_fault_that_raises_is_a_failure_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(_: Path) -> faults.Row:
+    def broken(_: Path) -> trial.Row:
         raise RuntimeError("of its own")
 
-    fine = faults.Row("fine", "seen", "nothing", 1.0, True)
+    fine = trial.Row("fine", "seen", "nothing", 1.0, True)
     monkeypatch.setattr(faults, "FAULTS", {"broken": broken, "fine": lambda folder: fine})
     rows = list(faults.try_faults(["broken", "fine"]))
     assert [row.passed for row in rows] == [False, True]
     assert "of its own" in rows[0].seen
     assert faults.table(rows).row_count == 2
+
+
+def test_what_was_seen_stays_when_a_later_fault_ends_the_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fatal(_: Path) -> trial.Row:
+        raise KeyboardInterrupt
+
+    fine = trial.Row("fine", "seen", "nothing", 1.0, True)
+    monkeypatch.setattr(faults, "FAULTS", {"fine": lambda folder: fine, "fatal": fatal})
+    out = tmp_path / "rows.json"
+    monkeypatch.setattr(sys, "argv", ["faults.py", "--only", "fine,fatal", "--json", str(out)])
+    with pytest.raises(KeyboardInterrupt):
+        faults.main()
+    assert [row["fault"] for row in json.loads(out.read_text())] == ["fine"]
+
+
+def test_the_soak_kills_whose_turn_it_is_while_half_are_there_and_notes_who_is_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    killed: list[int] = []
+
+    class Federation:
+        def kill(self, client: int) -> None:
+            killed.append(client)
+
+    monkeypatch.setattr(soak.Soaked, "it", Federation(), raising=False)
+    killer, everybody = soak.Killer(rounds=60, clients=4, every=2, service=0), [0, 1, 2, 3]
+    monkeypatch.setattr(killer, "look", lambda record: None)
+    for number in range(1, 61):
+        here = [c for c in everybody if c not in killed] if number < 20 else everybody
+        (made,) = record(number).rounds
+        killer(dataclasses.replace(made, clients=here))
+    assert killed[:2] == [0, 1]
+    assert [kill.back for kill in killer.seen.kills[:2]] == [20, 20]
+    assert [kill.round for kill in killer.seen.kills[:3]] == [2, 4, 20]  # two of four are away until round 20
+    assert killer.seen.kills[-1].round < 51
+    assert all(kill.back for kill in killer.seen.kills)
 
 
 def test_memory_that_grows_is_noticed() -> None:

@@ -30,7 +30,19 @@ def test_bad_input_keeps_every_promise(kind: str, tmp_path: Path) -> None:
 @settings(max_examples=40, deadline=None, database=None)
 @given(st.integers(0, 2**64))
 def test_no_seed_makes_a_reply_that_spoils_a_round(seed: int) -> None:
-    assert fuzz.fuzz_reply(random.Random(seed)).endswith("dropped")
+    assert fuzz.replies.fuzz_reply(random.Random(seed)).endswith("dropped")
+
+
+@settings(max_examples=150, deadline=None, database=None)
+@given(st.randoms(use_true_random=False))
+def test_no_setting_ends_in_anything_but_a_refusal(draw: random.Random) -> None:
+    assert fuzz.settings.fuzz_setting(draw) in ("read", "refused", "used", "skipped", "no arm can run")
+
+
+def test_a_setting_that_flower_would_not_hand_on_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz.settings, "app_pyproject", lambda settings: "[tool.flwr.app.config]\nseed = 2")
+    _, broken = fuzz.fuzz("settings", 60, seed=1, folder=tmp_path)
+    assert "other settings" in broken
 
 
 def test_a_reply_that_is_not_checked_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,10 +52,10 @@ def test_a_reply_that_is_not_checked_is_noticed(tmp_path: Path, monkeypatch: pyt
 
 
 def test_an_error_of_another_kind_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(*_: object) -> None:
+    def read(*_: object, **__: object) -> None:
         raise KeyError("no promise was made about this")
 
-    monkeypatch.setattr(fuzz, "read_experiment", read)
+    monkeypatch.setattr(fuzz.settings.experiments, "read_experiment", read)
     _, broken = fuzz.fuzz("settings", 30, seed=1, folder=tmp_path)
     assert "KeyError" in broken
 
@@ -52,6 +64,6 @@ def test_a_refusal_without_a_word_is_noticed(tmp_path: Path, monkeypatch: pytest
     def read(*_: object, **__: object) -> None:
         raise ConfigError("")
 
-    monkeypatch.setattr(fuzz.wire, "read_model", read)
+    monkeypatch.setattr(fuzz.service.wire, "read_model", read)
     _, broken = fuzz.fuzz("models", 10, seed=1, folder=tmp_path)
     assert "without a word" in broken

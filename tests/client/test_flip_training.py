@@ -123,6 +123,8 @@ def test_attackers_may_train_their_own_way():
     read_attack(text)(honest(resolve("training", f"flip({QUICK})")))(own)
     assert torch.equal(plain.vector, own.vector)
     assert not own.state
+    with pytest.raises(SpecError, match="the attack trains with decay_at, which flip does not have; give it"):
+        read_attack("train_with(decay_at=(0.5,))")(honest(resolve("training", f"flip({QUICK})")))(job())
 
 
 @pytest.mark.parametrize("labels", ["true", "target"])

@@ -1,5 +1,6 @@
 """The compose files, the image's scripts, and the engine that submits to a federation that runs already."""
 
+import itertools
 import json
 import re
 import shutil
@@ -17,7 +18,9 @@ import yaml
 
 from hawthorn.engines import REMOTE, compose, find_engine
 from hawthorn.engines._superlink import RunState
+from hawthorn.experiment import read_experiment
 from hawthorn.keys import KeyFolder, make_keys
+from hawthorn.overrides import read_overrides
 from server.record import RunWriter
 from tasks.config import RunConfig
 from tasks.errors import ConfigError, EngineError
@@ -68,6 +71,16 @@ def test_keys_and_containers_agree_on_where_things_are(tmp_path: Path) -> None:
             if "KEYS" in volume:
                 inside = volume.split("}/", 1)[1].split(":")[0]
                 assert (tmp_path / inside).exists(), (name, volume)
+
+
+def test_the_submitted_experiment_can_be_run_and_measures_the_first_malicious_clients_attack() -> None:
+    command = [re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", word) for word in SERVICES["flip"]["command"]]
+    pairs = [word for before, word in itertools.pairwise(command) if before == "--set"]
+    (config,) = read_experiment(command[2], read_overrides(pairs)).runs
+    default = re.fullmatch(r"\$\{\w+:-(.*)\}", SERVICES["malicious-1"]["environment"]["HAWTHORN_ATTACK"])
+    assert default is not None
+    assert config.attack == default[1]
+    assert config.malicious_ids == (0, 1)
 
 
 def test_only_what_both_compose_versions_know_is_used() -> None:

@@ -76,6 +76,12 @@ def test_the_quickstart_takes_other_sizes(num_clients):
         ("[pretrain]\nrule = 'krumm()'", SpecError, r"\[pretrain\]: unknown rule 'krumm'"),
         ("[map]\nrows = 'a'", ConfigError, r"\[map\] draws a \[grid\], and there is none"),
         ("pretrain = 3", ConfigError, "pretrain must be a table, got 3"),
+        ("[arms.a]\nlike = ['a']", ConfigError, "is no arm above it"),
+        ("[variants.v]\narms = 3", ConfigError, r"\[variants.v\] arms must hold tables, got 3"),
+        ("[variants.v.arms]\na = 3", ConfigError, r"\[variants.v\] arms must hold tables"),
+        ("[grid]\nf = [0x" + "f" * 4000 + "]", ConfigError, "at most 64 bits"),
+        ("seed = " + "9" * 5000, ConfigError, "cannot read"),
+        ("x = " + "[" * 5000, ConfigError, "cannot read"),
     ],
 )
 def test_errors_say_what_exists(tmp_path, content, error, says):
@@ -114,6 +120,8 @@ def test_overrides_are_read_by_type():
         read_overrides(["num-rounds"])
     with pytest.raises(ConfigError, match="write a number"):
         read_overrides(["num-rounds=two"])
+    with pytest.raises(ConfigError, match="write a number"):
+        read_overrides(["num-rounds=" + "9" * 5000])
 
 
 def test_what_does_not_touch_the_numbers_is_what_a_resumed_run_may_change():

@@ -129,6 +129,30 @@ def test_large_states_and_contents_never_block_both_sides(config):
     assert all(r.clients == list(range(8)) for r in read_run(config.run_folder).rounds)
 
 
+@pytest.mark.parametrize(("away", "used"), [(1.0, [2, 2, 2]), (60.0, [2, 0, 0])])
+def test_rounds_wait_while_nobody_is_there(config, away, used):
+    """All nodes are gone after the first round, for less than a round's timeout or for more."""
+    import time
+
+    from client.app import app
+    from hawthorn.engines.in_process import InProcessGrid
+    from server.federation import run_federation
+
+    ends = []
+
+    class Absent(InProcessGrid):
+        def get_node_ids(self):
+            gone = ends and time.monotonic() < ends[0] + away
+            return [] if gone else super().get_node_ids()
+
+    config = config.replace(workers=1, num_clients=2, num_rounds=3, round_timeout=3.0 if away < 3 else 0.3)
+    with Absent(app, config) as grid:
+        run_federation(config, grid, lambda record: ends.append(time.monotonic()))
+    rounds = read_run(config.run_folder).rounds
+    assert [len(r.clients) for r in rounds] == used
+    assert rounds[1].seconds >= min(away, config.round_timeout) - 0.1
+
+
 def test_a_hung_client_costs_no_more_than_the_round_timeout(config, monkeypatch):
     from client import app as client_app
 

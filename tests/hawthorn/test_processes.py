@@ -248,6 +248,40 @@ def test_sleeps_are_capped_only_where_they_are_as_expected() -> None:
     assert module.time.monotonic() - begin < 5  # type: ignore[attr-defined]
 
 
+def test_a_refusal_is_told_before_the_process_ends_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Refused(Exception):
+        def details(self) -> str:
+            return "Invalid timestamp"
+
+    module = types.ModuleType("retries")
+    assert not _waits.tell_refusals(module)
+    module.os = os  # type: ignore[attr-defined]
+    assert _waits.tell_refusals(module)
+    assert module.os.getpid() == os.getpid()  # type: ignore[attr-defined]
+    codes: list[int] = []
+    monkeypatch.setattr(_waits.os, "_exit", codes.append)
+    try:
+        raise Refused
+    except Refused:
+        module.os.kill(12, signal.SIGINT)  # type: ignore[attr-defined]
+    assert codes == [1]
+    assert "Invalid timestamp; this machine's clock" in capsys.readouterr().out
+
+
+def test_a_program_without_the_warm_server_has_the_shorter_waits_too(tmp_path: Path) -> None:
+    with Workplace(tmp_path) as workplace:
+        launcher = (workplace.folder / "bin" / "flower-supernode").read_text()
+        cold = workplace.folder / "bin" / "cold-flower-supernode"
+        assert str(cold) in launcher
+        result = subprocess.run(
+            [str(cold), "--version"], env=workplace.environment, capture_output=True, text=True, check=False
+        )
+    assert "1.36" in result.stdout, result.stderr
+    assert result.returncode == 0
+
+
 def test_constants_change_only_if_they_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType("some_constants")
     module.WAIT = 7  # type: ignore[attr-defined]
@@ -270,12 +304,14 @@ def test_flower_still_has_what_the_shorter_waits_change() -> None:
     code += "import importlib;"
     code += "loops = ['flwr.supernode.start_client_internal', 'flwr.superlink.grid.http_grid'];"
     code += "print([_waits.cap_sleeps(importlib.import_module(loop), 1) for loop in loops])"
+    code += ";print(_waits.tell_refusals(importlib.import_module('flwr.supercore.retry.grpc_retry')))"
     variables = {**os.environ, "PYTHONPATH": str(_processes.PACKAGE_ROOT), "FLWR_TELEMETRY_ENABLED": "0"}
     result = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True)
     assert result.stdout.splitlines() == [
         "['PULL_INITIAL_BACKOFF', 'HEARTBEAT_DEFAULT_INTERVAL']",
         "0.05 10",
         "[True, True]",
+        "True",
     ]
 
 

@@ -11,6 +11,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from flwr.common import log
+from flwr.supercore.logger import ConsoleHandler
 from prometheus_client.parser import text_string_to_metric_families
 
 from hawthorn.engines import in_process
@@ -62,12 +64,13 @@ def test_a_port_that_is_taken_costs_the_metrics_and_not_the_run(config: RunConfi
 
 def test_every_line_of_a_json_log_has_run_and_round(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     stream, logger = io.StringIO(), logging.getLogger("flwr")
-    handler = logging.StreamHandler(stream)
+    handler = ConsoleHandler(stream=stream)  # Flower's own, which asks no formatter
     monkeypatch.setattr(logger, "handlers", [handler])
     before = logger.level
     logger.setLevel(logging.INFO)  # not the attribute: what other tests found disabled is remembered
+    changes = {"log_format": "json", "malicious_clients": "2", "attack": "corrupt_reply(kinds=('nan',))"}
     try:
-        in_process.run(config.replace(log_format="json", malicious_clients="2", attack="corrupt_reply(kinds=('nan',))"))
+        in_process.run(config.replace(**changes), lambda record: log(logging.INFO, "over: %d", record.round))
     finally:
         logger.setLevel(before)
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]
@@ -75,7 +78,9 @@ def test_every_line_of_a_json_log_has_run_and_round(config: RunConfig, monkeypat
     assert {line["run"] for line in lines} == {"test"}
     assert [line["round"] for line in dropped] == [1, 2, 3]
     assert {line["level"] for line in dropped} == {"warning"}
-    assert "JsonLines" not in repr(handler.formatter)
+    assert [line["round"] for line in lines if "over" in line["event"]] == [1, 2, 3]
+    assert handler.format(logging.makeLogRecord({"msg": "as before", "levelname": "INFO"})).endswith("as before")
+    assert "format" not in vars(handler)
     assert not handler.filters
 
 

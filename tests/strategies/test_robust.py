@@ -209,6 +209,40 @@ def test_a_client_that_missed_the_deadline_is_not_asked_until_it_answers():
     assert robust.outcome.sampled == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_node_that_was_restarted_unnoticed_is_asked_again(lost):
+    """It is the same node and never away, but its reply was lost with its process; so may be the question whether it is
+    free. Until it answers that one, it is not trained with."""
+    forgetful = {2}
+    grid = FakeGrid(4, lambda c, m: None if c in forgetful else answer_with(torch.ones(SIZE))(m))
+    robust = strategy(4, population=Population(4, restarts=True))
+    play(robust, grid)
+    assert robust.outcome.dropped == {2: "no reply within 5 s"}
+    forgetful.clear()
+    grid.mute = {2} if lost else set()
+    back = []
+    for number in range(2, 40):
+        play(robust, grid, number=number)
+        back += [number] * (2 in robust.outcome.clients)
+        grid.mute = set()
+    assert back[0] in ((3,) if not lost else range(10, 30))
+    assert back == list(range(back[0], 40))
+    asked = [client for kind, client in grid.asked if kind == "query.whoami"]
+    assert asked.count(2) == 2 + lost
+    assert asked.count(1) == 1
+
+
+def test_a_node_that_hangs_for_ever_is_asked_ever_less_often():
+    grid = FakeGrid(2, lambda c, m: None if c == 1 else answer_with(torch.ones(SIZE))(m))
+    robust = strategy(2, population=Population(2, restarts=True))
+    play(robust, grid)
+    grid.mute = {1}
+    for number in range(2, 1000):
+        play(robust, grid, number=number)
+        assert robust.outcome.clients == [0]
+    assert 3 <= [client for kind, client in grid.asked if kind == "query.whoami"].count(1) <= 12
+
+
 def test_a_client_that_is_late_every_time_costs_ever_fewer_rounds():
     """Each late reply comes right after its deadline: the client may be asked in rounds 1, 3, 6, 11, 20, ... only."""
     late = []

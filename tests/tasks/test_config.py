@@ -43,6 +43,14 @@ def test_settings_read_back():
         ({"name": "../x"}, "name must be"),
         ({"name": "/x"}, "name must be"),
         ({"name": ""}, "name must be"),
+        ({"server-lr": 10**400}, "more than 64 bits"),
+        ({"seed": 16**4000}, "more than 64 bits"),
+        ({"seed": [16**4000]}, "a whole number, got a number too long to be shown"),
+        ({"runs-dir": "a\0"}, "runs-dir must be text without NUL"),
+        ({"runs-dir": "\ud800"}, "runs-dir must be text without NUL"),
+        ({"runs-dir": "~no-such-user/runs"}, "no such user's home"),
+        ({"malicious-clients": "9" * 5000, "attack": "sign_flip()"}, "write ids as"),
+        ({"gate": "paper()", "gate-eps": "1e999999999"}, "gate-eps must be radii"),
     ],
 )
 def test_bad_settings_name_the_key(values, says):
