@@ -37,7 +37,7 @@ def draw_rows(rows: Sequence[Measured], title: str) -> Figure:
         logarithmic(right)
     handles, labels = left.get_legend_handles_labels()
     if handles:
-        picture.legend(handles, labels, loc="outside lower left", ncols=len(labels))
+        picture.legend(handles, labels, loc="outside lower left", ncols=min(len(labels), 4))
     picture.suptitle(title, x=0.01, ha="left", fontsize=11)
     return picture
 

@@ -10,7 +10,7 @@ from certify.network import Network
 from certify.pgd import pgd
 from certify.zonotope import check
 from client.attack import read_attack
-from client.attacks.adaptive_certified import ACCURACY_SHARE, LOSS_SHARE, Plan
+from client.attacks.adaptive_certified import ACCURACY_SHARE, LOSS_SHARE, Plan, accuracies, as_good
 from client.trainer import LocalJob, LocalResult, honest
 from client.training.sgd import sgd
 from tasks.datasets.digits import digits
@@ -281,6 +281,12 @@ def test_a_try_before_the_run_is_short():
     assert sum(seen) <= 24
 
 
+@pytest.mark.parametrize("text", ["accuracy_share=1.5", "attack_eps=-0.1"])
+def test_the_adaptive_attack_refuses_what_makes_no_sense(text):
+    with pytest.raises(SpecError, match="adaptive_certified wants accuracy_share"):
+        read_attack(f"adaptive_certified({text})")
+
+
 @pytest.mark.parametrize("text", ["temperature=0.0", "lr=0.0", "batch_size=0", "teacher_epochs=-1"])
 def test_distillation_refuses_what_makes_no_sense(text):
     with pytest.raises(SpecError, match="distillation wants"):
@@ -300,11 +306,21 @@ def trained() -> LocalJob:
     return dataclasses.replace(work, start=work.vector.clone(), certification=torch.arange(1000, 1020))
 
 
-@pytest.mark.parametrize("goal", ["accuracy", "loss"])
-def test_the_adaptive_attack_reaches_its_goal_at_the_known_points(trained, goal):
+def own_accuracies(work: LocalJob) -> list[float]:
+    """Accuracy and PGD accuracy on the attackers' own data, as they see it."""
+    inputs, labels = DATA.batch("train", work.indices)
+    seen = [pgd(work.model.eval(), inputs, labels, eps=eps, steps=10, generator=generator(1)) for eps in (0.0, 0.06)]
+    return [result.accuracy for result in seen]
+
+
+@pytest.mark.parametrize(
+    ("goal", "share"), [("accuracy", "accuracy_share=0.7, attack_eps=0.06"), ("loss", "accuracy_share=0.0")]
+)
+def test_the_adaptive_attack_reaches_its_goal_at_the_known_points(trained, goal, share):
     work = with_model_of(trained)
-    text = f"adaptive_certified(goal='{goal}', points=8, eps_from=0.02, eps_to=0.03, max_steps=300, {SHORT})"
+    text = f"adaptive_certified(goal='{goal}', points=8, eps_from=0.02, eps_to=0.03, max_steps=300, {SHORT}, {share})"
     ran(text, work)
+    seeming = own_accuracies(work)
     points = DATA.batch("train", torch.arange(1000, 1008))
     network = Network.from_module(work.model, DATA.input_shape)
     honest_network = network.with_vector(trained.start)
@@ -314,17 +330,36 @@ def test_the_adaptive_attack_reaches_its_goal_at_the_known_points(trained, goal)
     else:
         assert ours.mean_loss <= LOSS_SHARE * theirs.mean_loss
     # what it is for: points that the server does not look at are not protected as the honest model protects them
-    honest_real, found = [], []
+    honest_real, honest_seeming, found = list[float](), list[float](), list[float]()
     for vector, into in ((trained.start, honest_real), (work.vector.clone(), found)):
         work.vector.copy_(vector)
         into.append(robust_accuracy(work, 0.1, temperature=100.0))
+        if into is honest_real:
+            honest_seeming = own_accuracies(work)
     assert found[0] < honest_real[0] - 0.1
+    if goal == "accuracy":  # what the gate measures besides is, on other data than the gate's, what was asked for
+        assert all(ours > 0.68 * theirs for ours, theirs in zip(seeming, honest_seeming, strict=True))
+
+
+def test_a_model_that_lost_the_honest_ones_accuracies_is_not_within_the_goal(trained):
+    plan = Plan(
+        goal="accuracy", eps_from=0.1, eps_to=0.1, eps_step=0.01, steps=1, check_every=1, points_per_step=1,
+        distillation_weight=1.0, accuracy_share=0.9, attack_eps=0.06,
+    )  # fmt: skip
+    work = with_model_of(trained)
+    honest_network = Network.from_module(work.model, DATA.input_shape).with_vector(trained.start)
+    own = accuracies(honest_network, work, plan)
+    assert 1 > own[0] > own[1] > 0.5
+    assert as_good(honest_network, own, work, plan)
+    ruined = honest_network.with_vector(torch.zeros_like(trained.start))
+    assert not as_good(ruined, own, work, plan)
+    assert as_good(ruined, (0.0, 0.0), work, dataclasses.replace(plan, accuracy_share=0.0))  # not asked for
 
 
 def test_radii_grow_by_the_step_and_end_where_they_should():
     plan = Plan(
         goal="loss", eps_from=0.1, eps_to=0.25, eps_step=0.01, steps=1, check_every=1, points_per_step=1,
-        distillation_weight=1.0,
+        distillation_weight=1.0, accuracy_share=0.0, attack_eps=0.25,
     )  # fmt: skip
     assert plan.radii() == pytest.approx([0.1 + 0.01 * i for i in range(16)])
     assert plan.radii()[-1] == 0.25

@@ -17,7 +17,8 @@ from hawthorn.reproduce.study import read_study, shipped_studies
 from tasks.errors import ConfigError
 from tasks.task import load
 
-NAMES = ("cfat-table1", "cfat-fig1a", "cfat-fig1b")
+PAPERS = ("cfat-table1", "cfat-fig1a", "cfat-fig1b")
+NAMES = (*PAPERS, "cfat-convergence")
 STUDY = """
 title = "A small table"
 about = "A distilled model on digits."
@@ -220,7 +221,7 @@ def test_the_shipped_studies_are_there():
     assert set(NAMES) <= set(shipped_studies())
 
 
-@pytest.mark.parametrize("name", [*NAMES, "cfat/gate"])
+@pytest.mark.parametrize("name", [*PAPERS, "cfat/gate"])
 def test_the_papers_federation(name):
     experiment = read_experiment(str(shipped_studies().get(name, name)), {})
     assert [arm.label for arm in experiment.arms if not arm.extra]
