@@ -32,7 +32,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "client": ("tasks",),
     # What a client attacks its own inputs with, and what an attacker's bounds are, is the certifiers' own code.
     "client.training": ("certify.pgd", "tasks"),
-    "client.attacks": ("certify.network", "certify.zonotope", "tasks"),
+    "client.attacks": ("certify.network", "certify.pgd", "certify.zonotope", "tasks"),
     "client.flip": ("certify", "tasks"),
     "strategies": ("tasks",),
     "certify": ("tasks",),

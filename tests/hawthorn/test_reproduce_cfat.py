@@ -235,7 +235,7 @@ def test_the_papers_federation(name):
 
 
 def test_all_start_from_one_honest_model_that_never_saw_the_held_out_samples():
-    starts = {name: read_experiment(str(shipped_studies().get(name, name)), {}).start for name in (*NAMES, "cfat/gate")}
+    starts = {n: read_experiment(str(shipped_studies().get(n, n)), {}).start for n in (*PAPERS, "cfat/gate")}
     assert len({start.config.name for start in starts.values()}) == 1
     config = starts["cfat-table1"].config
     assert (config.gate, config.attack, config.malicious_ids) == ("", "", ())
@@ -244,7 +244,7 @@ def test_all_start_from_one_honest_model_that_never_saw_the_held_out_samples():
 def test_the_samples_held_out_from_pretraining_are_those_the_gates_measure_on():
     if not os.environ.get("HAWTHORN_DATA"):
         pytest.skip("MNIST is looked for through HAWTHORN_DATA, which is not set")
-    for name in (*NAMES, "cfat/gate"):
+    for name in (*PAPERS, "cfat/gate"):
         experiment = read_experiment(str(shipped_studies().get(name, name)), {})
         kept = set(load(experiment.start.config).root.tolist())
         assert len(kept) == 6000
