@@ -2,11 +2,12 @@
 
     python benchmarks/flip.py [--model "mnist_net()"] [--classes 10] [--samples 6] [--steps 20] [--rounds 2]
 
-Three ways invert the triggers of all pairs of classes, both directions, with the same steps and starts: as one batch;
-the same code pair by pair; and a plain loop as one writes it down, with `torch.optim.Adam`, autograd through the
-stamping and gradients of all parameters, which PyTorch computes unless told otherwise. Their sizes are compared. Then
-one client trains a plain round and rounds of hardening. CPU time of one thread, so that other work on the machine
-disturbs little; inputs are random numbers of MNIST's shape, since the arithmetic does not depend on them.
+Four ways invert the triggers of all pairs of classes, both directions, with the same steps and starts: as one batch,
+of the model as it is and of the model rounded to bfloat16; the same code pair by pair; and a plain loop as one writes
+it down, with `torch.optim.Adam`, autograd through the stamping and gradients of all parameters, which PyTorch computes
+unless told otherwise. Their sizes are compared. Then one client trains a plain round and rounds of hardening. CPU time
+of one thread, so that other work on the machine disturbs little; inputs are random numbers of MNIST's shape, since the
+arithmetic does not depend on them.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from client.flip.inversion import HALF, NOISE, InversionSettings, Search, Triggers, invert, random_start
+from client.flip.inversion import HALF, NOISE, InversionSettings, Precision, Search, Triggers, invert, random_start
 from client.trainer import LocalJob, honest
 from tasks.dataset import Dataset
 from tasks.model import build
@@ -100,8 +101,12 @@ def compare_inversions(model: nn.Module, classes: int, samples: int, steps: int)
     masks, patterns = random_start(len(ways), SHAPE, draw)
     halves = [slice(i, i + 2) for i in range(0, len(ways), 2)]
 
-    def batched() -> list[float]:
-        return invert(model, searches, (masks, patterns), steps, generator(2)).sizes.tolist()
+    def batched(precision: Precision = "float32") -> list[float]:
+        settings = InversionSettings(precision=precision)
+        return invert(model, searches, (masks, patterns), steps, generator(2), settings).sizes.tolist()
+
+    def rounded() -> list[float]:
+        return batched("bfloat16")
 
     def by_pairs() -> list[float]:
         parts: list[Triggers] = [
@@ -116,8 +121,9 @@ def compare_inversions(model: nn.Module, classes: int, samples: int, steps: int)
 
     print(f"{len(ways)} triggers, {samples} samples each, {steps} steps, CPU seconds:")
     first = measure("  all as one batch", batched, None)
-    for name, way in (("  the same code, pair by pair", by_pairs), ("  a plain loop over the pairs", plain)):
-        measure(name, way, first)
+    others = {"all as one batch, bfloat16": rounded, "the same code, pair by pair": by_pairs}
+    for name, way in {**others, "a plain loop over the pairs": plain}.items():
+        measure("  " + name, way, first)
 
 
 def measure(

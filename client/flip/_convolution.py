@@ -81,7 +81,9 @@ def _blocked(weight: Tensor, rows: int, columns: int) -> InputGradient:
 
     def back(gradient: Tensor) -> Tensor:
         num, _, h, w = gradient.shape
-        padded = functional.pad(gradient.permute(0, 2, 3, 1), (0, 0, 0, -w % BLOCK, 0, -h % BLOCK))
+        padded = gradient.permute(0, 2, 3, 1)
+        if h % BLOCK or w % BLOCK:
+            padded = functional.pad(padded, (0, 0, 0, -w % BLOCK, 0, -h % BLOCK))
         tall, wide = padded.shape[1] // BLOCK, padded.shape[2] // BLOCK
         blocks = padded.view(num, tall, BLOCK, wide, BLOCK, outs).transpose(2, 3).reshape(-1, BLOCK * BLOCK * outs)
         parts = (blocks @ matrix).view(num, tall, wide, down, right, BLOCK, BLOCK, ins)

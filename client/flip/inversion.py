@@ -10,13 +10,14 @@ A *search* is one trigger: its samples, its target and its mask. Any number of s
 one forward and backward pass over all their samples, and each search has its own alpha, counters, Adam moments and
 best mask. In evaluation mode samples do not influence each other, so a search ends with the same trigger whatever else
 is in the batch, up to the rounding of the model's own arithmetic for other batch sizes; the noise of step k is the same
-field for all searches. The gradient of mask and pattern is summed by hand from the one of the stamped inputs.
+field for all searches. The gradient of mask and pattern is summed by hand from the one of the stamped inputs. With
+the precision bfloat16 the search sees a model rounded to it, and its triggers are tried on the exact one at the end.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,9 @@ class Triggers:
         return Triggers(self.masks[which], self.patterns[which], self.sizes[which], self.found[which])
 
 
+Precision = Literal["float32", "bfloat16"]
+
+
 @dataclass(frozen=True)
 class InversionSettings:
     """The search's constants; the defaults are FLIP's for MNIST."""
@@ -74,6 +78,7 @@ class InversionSettings:
     patience: int = 10
     factor: float = 1.5
     early_exit: int = 0  # end when no search has improved for so many steps; 0: all steps, as in the paper
+    precision: Precision = "float32"  # of the model's passes: bfloat16 is twice as fast where processors have it
 
 
 DEFAULTS = InversionSettings()
@@ -120,18 +125,23 @@ def invert(
         raise SpecError(f"invert wants a start for each of {len(searches)} searches, got {len(masks)}, {len(patterns)}")
     if not searches:
         return Triggers(masks, patterns, torch.zeros(0), torch.zeros(0, dtype=torch.bool))
-    with frozen(model), fast_input_gradients(model):
-        work = _Batch.of(objective or _cross_entropy(model), searches, masks, patterns, settings)
-        for _ in range(steps):
-            work.step(generator)
-            if settings.early_exit and int(work.stale.min()) >= settings.early_exit:
-                break
+    with frozen(model):
+        rough = settings.precision == "bfloat16"
+        work = _Batch.of(objective or _cross_entropy(model, rough), searches, masks, patterns, settings)
+        with rounded(model) if rough else contextlib.nullcontext(), fast_input_gradients(model):
+            for _ in range(steps):
+                work.step(generator)
+                if settings.early_exit and int(work.stale.min()) >= settings.early_exit:
+                    break
+        if rough:
+            work.objective = _cross_entropy(model)
+            work.check()
     return work.triggers(masks.shape[1:], patterns.shape[1:])
 
 
-def _cross_entropy(model: nn.Module) -> Objective:
+def _cross_entropy(model: nn.Module, rough: bool = False) -> Objective:
     def objective(stamped: Tensor, owner: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = model(stamped)
+        logits = model(stamped.bfloat16()).to(stamped.dtype) if rough else model(stamped)
         return functional.cross_entropy(logits, targets, reduction="none"), logits
 
     return objective
@@ -152,6 +162,19 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
         for module, training in modes:
             module.training = training
+
+
+@contextlib.contextmanager
+def rounded(model: nn.Module) -> Iterator[None]:
+    """Round a frozen model's parameters and buffers to bfloat16, and put the exact ones back at the end."""
+    exact = [(t, t.data) for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    for tensor, values in exact:
+        tensor.data = values.bfloat16()
+    try:
+        yield
+    finally:
+        for tensor, values in exact:
+            tensor.data = values
 
 
 @dataclass
@@ -240,8 +263,7 @@ class _Batch:
         """
         total, weighted = torch.zeros_like(pattern), torch.zeros_like(pattern)
         hits = torch.zeros_like(self.alpha)
-        for begin in range(0, len(self.inputs), SAMPLES_AT_ONCE):
-            part = slice(begin, begin + SAMPLES_AT_ONCE)
+        for part in _parts(len(self.inputs)):
             inputs, owner, labels = self.inputs[part], self.owner[part], self.labels[part]
             stamped = inputs + mask[owner] * (pattern[owner] - inputs)
             with torch.enable_grad():
@@ -250,9 +272,20 @@ class _Batch:
                 (gradient,) = torch.autograd.grad((losses * self.scale[part]).sum(), stamped)
             total.index_add_(0, owner, gradient)
             weighted.index_add_(0, owner, gradient * inputs)
-            won = (logits.argmax(1) == labels) & torch.isfinite(losses)
-            hits.index_add_(0, owner, won.to(hits.dtype))
+            hits.index_add_(0, owner, _hits(losses, logits, labels))
         return total, weighted, hits
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Give up the best triggers that do not reach the threshold, as those of a rounded model may not."""
+        mask, pattern, hits = self.best[..., :1], self.best[..., 1:], torch.zeros_like(self.alpha)
+        for part in _parts(len(self.inputs)):
+            inputs, owner, labels = self.inputs[part], self.owner[part], self.labels[part]
+            stamped = inputs + mask[owner] * (pattern[owner] - inputs)
+            losses, logits = self.objective(_samples(stamped, self.shape), owner, labels)
+            hits.index_add_(0, owner, _hits(losses, logits, labels))
+        kept = (hits >= self.settings.threshold * self.counts) & (self.counts > 0)
+        self.best_size = self.best_size.masked_fill(~kept, torch.inf)
 
     def _adam(self, gradient: Tensor) -> None:
         """Adam without weight decay, as `torch.optim.Adam`; every search is at the same step."""
@@ -292,6 +325,15 @@ class _Batch:
         best = self.best.clamp(0, 1)
         masks = _samples(best[..., :1], tuple(mask_shape)) * found.view(-1, *(1 for _ in mask_shape))
         return Triggers(masks, _samples(best[..., 1:], tuple(shape)), masks.flatten(1).sum(1), found)
+
+
+def _parts(count: int) -> list[slice]:
+    return [slice(begin, begin + SAMPLES_AT_ONCE) for begin in range(0, count, SAMPLES_AT_ONCE)]
+
+
+def _hits(losses: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """Return 1 for each sample that is classified as wanted, else 0 ([samples], of the losses' type)."""
+    return ((logits.argmax(1) == labels) & torch.isfinite(losses)).to(losses.dtype)
 
 
 def _places(values: Tensor, shape: tuple[int, ...]) -> Tensor:

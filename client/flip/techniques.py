@@ -29,6 +29,8 @@ def inverter(name: str, settings: InversionSettings, job: LocalJob) -> Inverter:
     """Return a technique by its name, for one client's work in one round."""
     if name == "neural_cleanse":
         return functools.partial(invert, settings=settings)
+    if settings.precision != "float32":
+        raise SpecError(f"inversion {name!r} has no precision {settings.precision!r}; that is neural_cleanse's alone")
     if name == "neuron_stimulation":
         return functools.partial(stimulate, settings=settings)
     if name == "oracle":

@@ -51,13 +51,15 @@ def flip(
     order: Literal["farthest", "closest"] = "farthest",
     warm_each_round: bool = False,
     early_exit: int = 0,
+    precision: Literal["float32", "bfloat16"] = "float32",
 ) -> LocalResult:
     """Train `epochs` passes over the client's data, at most `steps` batches, hardening pairs of classes on the way.
 
     The numbers are FLIP's for MNIST, but for the variant ``paper``, whose SGD has rate 0.01 (with the paper's 0.1
     and momentum, models diverge within a round); ``released`` has Adam at 0.01. `min_images` is 5 on the client, or 1
     in a batch. `samples` is how many images of a class a trigger is sought on (variant ``paper``); `max_size` the L1
-    norm above which a trigger is not used. `pairs_at_once` pairs are sought as one batch.
+    norm above which a trigger is not used. `pairs_at_once` pairs are sought as one batch; `precision` is that of the
+    model while they are sought (bfloat16: triggers are tried on the exact model before they count).
     """
     released = variant == "released"
     fewest = (1 if released else 5) if min_images is None else min_images
@@ -92,7 +94,8 @@ def flip(
     if any(isinstance(module, SeededDropout) for module in job.model.modules()):
         set_dropout_generator(job.model, job.generator("dropout"))
     distances = ClassDistances.load(job.state, job.dataset.num_classes, job.dataset.input_shape)
-    search = inverter(inversion, InversionSettings(threshold=threshold, early_exit=early_exit), job)
+    found = InversionSettings(threshold=threshold, early_exit=early_exit, precision=precision)
+    search = inverter(inversion, found, job)
     work = Hardening(job, settings, distances, search, _optimizer(job, released, lr, momentum, weight_decay))
     work.run()
     distances.save(job.state)

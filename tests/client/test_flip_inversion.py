@@ -167,6 +167,35 @@ def test_early_exit_stops_when_nothing_improves():
     assert len(calls) == 7
 
 
+def test_a_rounded_search_leaves_the_model_exact_and_its_triggers_hold_on_it():
+    model, todo = network(torch.float32), searches(torch.float32)
+    before = {name: (value.data_ptr(), value.clone()) for name, value in model.state_dict().items()}
+    rough = InversionSettings(threshold=0.6, precision="bfloat16")
+    found = invert(model, todo, start(5, torch.float32), 80, generator(3), rough)
+    after = model.state_dict()
+    assert all(after[n].data_ptr() == at and torch.equal(after[n], value) for n, (at, value) in before.items())
+    assert int(found.found.sum()) >= 2
+    model.eval()
+    for i in found.found.nonzero().flatten().tolist():
+        predicted = model(found.stamp(todo[i].inputs, i)).argmax(1)
+        assert float((predicted == todo[i].target).float().mean()) >= 0.6
+    exact = invert(model, todo, start(5, torch.float32), 80, generator(3), InversionSettings(threshold=0.6))
+    assert not torch.equal(exact.masks, found.masks)
+
+
+def test_a_trigger_that_holds_on_the_rounded_model_alone_does_not_count():
+    model, layer = linear(0.0)
+    layer.bias.copy_(torch.tensor([1.0 + 2**-12, 1.0, 0.0]))  # equal in bfloat16, where the first of equals wins
+    todo, begin = [Search(torch.rand(3, 1, 2, 2), 0)], random_start(1, (1, 2, 2), generator(1))
+    rough = InversionSettings(precision="bfloat16")
+    assert invert(model, todo, begin, 5, generator(2), rough).found.all()
+    layer.bias.copy_(torch.tensor([1.0, 1.0 + 2**-12, 0.0]))
+    spoilt = invert(model, todo, begin, 5, generator(2), rough)
+    assert not spoilt.found.any()
+    assert not spoilt.masks.any()
+    assert spoilt.sizes.tolist() == [0.0]
+
+
 def test_neuron_stimulation_finds_triggers_too():
     model, todo = network(), searches()
     found = stimulate(model, todo[:4], start(4), 80, generator(3), InversionSettings(threshold=0.6))

@@ -114,6 +114,8 @@ def test_out_of_range_settings_are_refused():
     ):
         with pytest.raises(SpecError, match="flip wants"):
             train(job(), text)
+    with pytest.raises(SpecError, match="'random_white' has no precision 'bfloat16'"):
+        train(job(), "flip(inversion='random_white', precision='bfloat16')")
 
 
 def test_attackers_may_train_their_own_way():
