@@ -1,4 +1,4 @@
-"""The benchmark of FLIP: its three ways do the same work, and it says so."""
+"""The benchmark of FLIP: its ways do the same work, and it says so."""
 
 import re
 import sys
@@ -29,6 +29,8 @@ def test_the_three_ways_find_triggers_of_the_same_sizes(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("6 triggers, 3 samples each, 25 steps")
     assert next(int(number) for number in re.findall(r"(\d+) found", "\n".join(lines))) > 0
-    apart = [float(number) for number in re.findall(r"apart by (\S+) at most", "\n".join(lines))]
-    assert len(apart) == 2
-    assert max(apart) < 1e-2
+    apart = {
+        line.split("  ")[1]: float(re.findall(r"apart by (\S+) at most", line)[0]) for line in lines if "apart" in line
+    }
+    assert list(apart) == ["all as one batch, bfloat16", "the same code, pair by pair", "a plain loop over the pairs"]
+    assert max(apart[name] for name in list(apart)[1:]) < 1e-2  # a rounded model's triggers may be others
