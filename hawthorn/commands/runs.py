@@ -44,7 +44,7 @@ def run(
     experiment = read_experiment(file, overrides, name=name, arm=arm, variant=variant)
     console.print(f"{experiment.title}  [{engine}]", style="bold")
     quiet_flower(verbose)
-    arms = distinct(a for a in experiment.arms if not a.extra)
+    arms = distinct(a for a in experiment.arms if arm or not a.extra)  # an extra arm runs when it is named
     if not experiment.axes:
         for config in experiment.runs:
             checked = config.replace(from_model="") if experiment.start else config

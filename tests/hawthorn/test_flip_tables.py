@@ -310,3 +310,13 @@ def test_triggers_are_drawn_and_kept_beside_the_true_one(finished):
     page = (finished / "report.html").read_text()
     assert "Triggers and class distances" in page
     assert np.char.count(page, "class distances, the l1 norm") == 1
+
+
+def test_an_extra_arm_runs_when_it_is_named(tmp_path):
+    file = tmp_path / "study.toml"
+    extra = '[arms.more]\nextra = true\nrule = "median()"\n'
+    file.write_text(BASE.replace('start"\n', 'start"\n' + extra))
+    given = ["--variant", "two", "--set", "num-rounds=1", "--set", "dataset=digits()", "--no-report"]
+    done = CliRunner().invoke(app, ["run", str(file), "--arm", "more", "--runs-dir", str(tmp_path), *given])
+    assert done.exit_code == 0, done.output
+    assert "median()" in done.output
