@@ -27,6 +27,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from certify.gate import GateMetrics, GateState
@@ -96,12 +98,9 @@ def read_network(path: Path | None, input_shape: tuple[int, ...]) -> Network:
     """Return the network with the tensors of a file; raises `HawthornError` where they do not fit."""
     module = build(cfat_mnist, input_shape, 10, generator(1, "gate benchmark")).eval()
     if path is not None:
-        from safetensors.torch import load_file
-
-        tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
         try:
-            module.load_state_dict(tensors)
-        except RuntimeError as error:
+            module.load_state_dict(load_file(path))
+        except (RuntimeError, SafetensorError) as error:
             raise HawthornError(f"{path} does not hold the tensors of cfat_mnist: {error}") from None
     return Network.from_module(module, input_shape)
 

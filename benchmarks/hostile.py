@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.grid import AnsweringGrid
 from strategies.context import needs
 from strategies.pipeline import Pipeline, ServerStep
 from strategies.population import Population
@@ -96,33 +97,14 @@ class Cell:
         return self.outcome if self.moved is None else f"{self.outcome}, {self.moved:.2f} R"
 
 
-class Replies:
+class Replies(AnsweringGrid):
     """A grid of fourteen clients, of which some reply as `kind` says."""
 
     def __init__(self, kind: str, updates: Tensor) -> None:
+        super().__init__(NUM_CLIENTS)
         self.kind, self.updates = kind, updates
-        self.answers: dict[str, Message] = {}
 
-    def get_node_ids(self) -> list[int]:
-        return list(range(1, NUM_CLIENTS + 1))
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        return [self._reply(message, number) for number, message in enumerate(messages)]
-
-    def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        for reply in self.send_and_receive(messages):
-            self.answers[reply.metadata.reply_to_message_id] = reply
-        return list(self.answers)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        return [self.answers.pop(i) for i in list(message_ids) if i in self.answers]
-
-    def _reply(self, message: Message, number: int) -> Message:
-        message.metadata.__dict__["_message_id"] = f"{message.metadata.message_type}-{number}"
-        client = message.metadata.dst_node_id - 1
-        if message.metadata.message_type != "train":
-            answer = ConfigRecord({"client": client, "role": "benign"})
-            return Message(RecordDict({"whoami": answer}), reply_to=message)
+    def train(self, message: Message, client: int) -> Message:
         hostile = client in HOSTILE or self.kind == "zero claims"
         if hostile and self.kind == "error":
             return Message(Error(1, "out of memory"), reply_to=message)

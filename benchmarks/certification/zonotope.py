@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout works
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -102,11 +103,11 @@ def network_of(data: Dataset, file: Path | None) -> nn.Module:
     """Return the network, from `file` where that exists, else trained (and written there)."""
     module = build(cfat_mnist, SHAPE, data.num_classes, generator(7, "zonotope benchmark"))
     if file is not None and file.exists():
-        module.load_state_dict(torch.load(file, weights_only=True))
+        module.load_state_dict(load_file(file))
     else:
         train(module, data)
         if file is not None:
-            torch.save(module.state_dict(), file)
+            save_file(module.state_dict(), file)
     return module.eval()
 
 

@@ -17,24 +17,19 @@ from tasks.errors import HawthornError
 
 
 def superlink_restart(folder: Path) -> Row:
-    config = settings(folder, "superlink")
-    run = Run(config).start()
-    run.wait_round(3)
-    begin = time.monotonic()
-    os.kill(int(run.pids()["superlink"]), signal.SIGKILL)  # type: ignore[arg-type]
-    return _resumed("SuperLink killed, started anew, run resumed", run, config, begin)
+    return _killed(settings(folder, "superlink"), "superlink", "SuperLink killed, started anew, run resumed")
 
 
 def serverapp_crash(folder: Path) -> Row:
-    config = settings(folder, "serverapp")
+    return _killed(settings(folder, "serverapp"), "serverapp", "ServerApp SIGKILL, run resumed")
+
+
+def _killed(config: RunConfig, process: str, fault: str) -> Row:
+    """Kill a process of a run after three rounds; resume the run."""
     run = Run(config).start()
     run.wait_round(3)
     begin = time.monotonic()
-    os.kill(int(run.pids()["serverapp"]), signal.SIGKILL)  # type: ignore[arg-type]
-    return _resumed("ServerApp SIGKILL, run resumed", run, config, begin)
-
-
-def _resumed(fault: str, run: Run, config: RunConfig, begin: float) -> Row:
+    os.kill(int(run.pids()[process]), signal.SIGKILL)  # type: ignore[arg-type]
     before = run.join().rounds
     seen = str(run.error).splitlines()[0][:110] if run.error else "nothing"
     again = Run(config.replace(resume=True)).start()

@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from benchmarks.fuzzing.case import NUMBERS, TEXTS, Broken, Outcome
+from benchmarks.grid import AnsweringGrid
 from strategies.pipeline import Pipeline, ServerStep
 from strategies.population import Population
 from strategies.robust import RobustStrategy
@@ -106,37 +107,21 @@ def odd_reply(draw: random.Random, message: Message) -> Message:
     return Message(RecordDict(content), reply_to=message)
 
 
-class HostileGrid:
+class HostileGrid(AnsweringGrid):
     """A grid of eight clients of which three send odd replies, sometimes twice, sometimes to nobody's question."""
 
     def __init__(self, draw: random.Random, updates: Tensor) -> None:
-        self.draw, self.updates, self.answers = draw, updates, dict[str, Message]()
+        super().__init__(NUM_CLIENTS)
+        self.draw, self.updates = draw, updates
 
-    def get_node_ids(self) -> list[int]:
-        return list(range(1, NUM_CLIENTS + 1))
-
-    def send_and_receive(self, sent: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        replies = [self._reply(message, number) for number, message in enumerate(sent)]
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        replies = super().send_and_receive(messages, timeout=timeout)
         if self.draw.random() < 0.1 and replies:
             replies.append(self.draw.choice(replies))
         self.draw.shuffle(replies)
         return replies
 
-    def push_messages(self, sent: Iterable[Message]) -> list[str]:
-        for number, message in enumerate(sent):
-            reply = self._reply(message, number)
-            self.answers[reply.metadata.reply_to_message_id] = reply
-        return list(self.answers)
-
-    def pull_messages(self, ids: Iterable[str]) -> list[Message]:
-        return [self.answers.pop(i) for i in list(ids) if i in self.answers]
-
-    def _reply(self, message: Message, number: int) -> Message:
-        message.metadata.__dict__["_message_id"] = f"{message.metadata.message_type}-{number}"
-        client = message.metadata.dst_node_id - 1
-        if message.metadata.message_type != "train":
-            answer = ConfigRecord({"client": client, "role": "benign"})
-            return Message(RecordDict({"whoami": answer}), reply_to=message)
+    def train(self, message: Message, client: int) -> Message:
         if client >= HONEST:
             return odd_reply(self.draw, message)
         content = {"arrays": to_record(self.updates[client], LAYOUT), "metrics": MetricRecord({"num-examples": 10})}

@@ -12,7 +12,7 @@ import torch
 
 from client.flip.distances import ClassDistances
 from client.flip.hardening import Hardening, HardeningSettings
-from client.flip.inversion import InversionSettings
+from client.flip.inversion import InversionSettings, Precision
 from client.flip.techniques import inverter
 from client.trainer import LocalJob, LocalResult
 from tasks.errors import SpecError
@@ -51,7 +51,7 @@ def flip(
     order: Literal["farthest", "closest"] = "farthest",
     warm_each_round: bool = False,
     early_exit: int = 0,
-    precision: Literal["float32", "bfloat16"] = "float32",
+    precision: Precision = "float32",
 ) -> LocalResult:
     """Train `epochs` passes over the client's data, at most `steps` batches, hardening pairs of classes on the way.
 
