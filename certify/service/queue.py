@@ -171,7 +171,8 @@ class WorkQueue:
                         job.num_waiting += 1
                         ahead = self._waiting.index(job) if job in self._waiting else 0
                         return Ticket(self, job, ahead)
-            if len(self._waiting) >= self.size:
+            idle = len(self._threads) - len(self._running)  # each is about to take one of those that wait
+            if len(self._waiting) >= self.size + idle:
                 raise QueueFullError(f"{self.size} requests wait already, as many as may; try again later")
             job = self._jobs[key] = Job(key, work)
             job.num_waiting = 1

@@ -152,7 +152,7 @@ def test_a_process_is_found_by_name_and_mark() -> None:
     try:
         assert process.stdout is not None
         process.stdout.readline()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 25
         while (found := soak.named("flwr-serverapp", "a-mark-of-this-test")) is None and time.monotonic() < deadline:
             time.sleep(0.05)
         assert found == process.pid

@@ -77,13 +77,13 @@ def test_threads_share_one_block() -> None:
     def other() -> None:
         with exact_arithmetic():
             inside.set()
-            leave.wait(10)
+            leave.wait(60)
             seen.append(asked())
 
     thread = threading.Thread(target=other)
     with exact_arithmetic():
         thread.start()
-        assert inside.wait(10)
+        assert inside.wait(60)
     assert set(asked()) == {"ieee"}  # the other thread is still inside
     leave.set()
     thread.join()

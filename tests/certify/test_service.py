@@ -304,7 +304,7 @@ def test_interrupted_smoothing_goes_on_where_it_was(tmp_path: Path) -> None:
     assert not list((tmp_path / "progress").iterdir())
 
 
-def wait_until(holds: Any, seconds: float = 10.0) -> None:
+def wait_until(holds: Any, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "waited in vain"
@@ -356,7 +356,7 @@ def test_a_killed_service_goes_on_after_its_restart_and_ends_when_told(tmp_path:
         assert not seen or seen[0].done > 128
         assert same_votes(votes, count_votes(linear(), points()[0], **asked))
         process.send_signal(signal.SIGTERM)
-        _, log = process.communicate(timeout=20)
+        _, log = process.communicate(timeout=60)
         assert process.returncode == 0
         events = [json.loads(entry) for entry in log.splitlines()]
         assert {"resumed", "request", "draining", "stopped"} <= {entry["event"] for entry in events}
@@ -384,12 +384,12 @@ def test_draining_finishes_what_runs_and_refuses_the_rest(tmp_path: Path) -> Non
             running = pool.submit(
                 client.count_votes, linear(), points()[0], **asked, on_progress=lambda _: started.set()
             )
-            assert started.wait(20)
+            assert started.wait(60)
             waiting = pool.submit(client.count_votes, linear(), points()[0], **LONG)
             wait_until(lambda: service.queue.num_waiting == 1)
             closing = pool.submit(service.close, 60.0)
             with pytest.raises(ServiceError, match="shutting down") as refused:
-                waiting.result(20)
+                waiting.result(60)
             assert refused.value.code == "UNAVAILABLE"
             assert health.Check(named).status == health_pb2.HealthCheckResponse.NOT_SERVING
             assert not client.healthy()
@@ -415,10 +415,10 @@ def test_what_the_grace_period_does_not_suffice_for_is_saved(tmp_path: Path) -> 
             running = pool.submit(
                 client.count_votes, linear(), points()[0], **LONG, on_progress=lambda _: started.set()
             )
-            assert started.wait(20)
+            assert started.wait(60)
             assert service.close(grace=0.1) is False
             with pytest.raises(ServiceError, match="shutting down"):
-                running.result(20)
+                running.result(60)
     assert len(list((tmp_path / "progress").iterdir())) == 1
 
 

@@ -293,10 +293,10 @@ def test_a_superlink_that_is_away_for_a_moment_is_waited_for(config, outside, mo
     with_fake(monkeypatch, fake)
     done = threading.Thread(target=compose.run, args=(config.replace(runs_dir=str(outside)),))
     done.start()
-    done.join(20)
+    done.join(60)
     assert not done.is_alive()
     fake.away = 10**9
     begin = time.monotonic()
     with pytest.raises(EngineError, match=r"lost the SuperLink.*--resume"):
         compose.run(config.replace(runs_dir=str(outside), startup_timeout=0.5))
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 60

@@ -35,7 +35,7 @@ scalars = st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan
 keys = st.from_regex(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", fullmatch=True)
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 10.0) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
     """Wait until a condition holds; fail if it never does."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -169,7 +169,7 @@ def test_a_group_ends_with_its_stubborn_grandchildren() -> None:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         begin = time.monotonic()
         end_groups([process], grace=1.0)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 30
     assert process.returncode == -signal.SIGTERM
     wait_for(lambda: not any(is_running(int(child)) for child in children))
 
@@ -182,7 +182,7 @@ def test_marked_processes_are_found_in_any_session() -> None:
     try:
         wait_for(lambda: marked(mark) == [process.pid])
         assert end_marked(mark) == [process.pid]
-        assert process.wait(5) == -signal.SIGKILL
+        assert process.wait(60) == -signal.SIGKILL
     finally:
         process.kill()
     assert marked(mark) == []
@@ -198,7 +198,7 @@ def test_an_interrupted_process_has_some_time_to_end(handler: str) -> None:
         assert process.stdout.readline() == "up\n"
         begin = time.monotonic()
         interrupt(process.pid, grace=0.5)
-        assert time.monotonic() - begin < 5
+        assert time.monotonic() - begin < 30
         assert is_running(process.pid) == (handler == "signal.SIG_IGN")
         process.kill()
     assert not is_running(process.pid)
@@ -245,7 +245,7 @@ def test_sleeps_are_capped_only_where_they_are_as_expected() -> None:
     assert _waits.cap_sleeps(module, 0.01)
     begin = time.monotonic()
     module.time.sleep(60)  # type: ignore[attr-defined]
-    assert module.time.monotonic() - begin < 5  # type: ignore[attr-defined]
+    assert module.time.monotonic() - begin < 30  # type: ignore[attr-defined]
 
 
 def test_a_refusal_is_told_before_the_process_ends_itself(
@@ -398,14 +398,14 @@ class Bench:
     def run(self, program: str, *arguments: str) -> tuple[int, str, str]:
         """Run a program to its end; return its code and what it printed."""
         process = self.popen(program, *arguments)
-        output, errors = process.communicate(timeout=20)
+        output, errors = process.communicate(timeout=60)
         return process.returncode, output, errors
 
     def close(self) -> None:
         """End the server by closing its lifeline."""
         assert self.server.stdin is not None
         self.server.stdin.close()
-        self.server.wait(10)
+        self.server.wait(60)
 
 
 @pytest.fixture
@@ -453,7 +453,7 @@ def test_signals_are_passed_on(bench: Bench) -> None:
     assert process.stdout is not None
     assert process.stdout.readline().startswith("pid ")
     process.terminate()
-    process.communicate(timeout=10)
+    process.communicate(timeout=60)
     assert process.returncode == 7
 
 
@@ -470,7 +470,7 @@ def test_killing_the_launcher_kills_the_task(bench: Bench) -> None:
 def test_many_tasks_run_at_once(bench: Bench) -> None:
     processes = [bench.popen("task", "exit", str(number)) for number in range(12)]
     for process in processes:
-        process.communicate(timeout=20)
+        process.communicate(timeout=60)
     assert [process.returncode for process in processes] == list(range(12))
 
 
@@ -499,7 +499,7 @@ def test_a_root_has_a_server_and_a_session_of_its_own(bench: Bench) -> None:
     assert server != bench.server.pid
     assert os.getsid(root) == os.getsid(task) == server
     process.terminate()
-    process.communicate(timeout=10)
+    process.communicate(timeout=60)
 
 
 @pytest.mark.parametrize("victim", ["launcher", "root", "server", "common"])
@@ -510,13 +510,13 @@ def test_whatever_dies_takes_all_below_with_it(bench: Bench, victim: str) -> Non
         {"launcher": process.pid, "root": root, "server": server, "common": bench.server.pid}[victim], signal.SIGKILL
     )
     wait_for(lambda: not any(map(is_running, numbers)))
-    process.communicate(timeout=10)
+    process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
 
 
 def test_a_root_that_leaves_takes_its_tasks_along(bench: Bench) -> None:
     process, numbers = start_root(bench, "leave")
-    process.communicate(timeout=10)
+    process.communicate(timeout=60)
     assert process.returncode == 0
     wait_for(lambda: not any(map(is_running, numbers)))
 
@@ -525,4 +525,4 @@ def test_closing_the_lifeline_ends_all(bench: Bench) -> None:
     process, numbers = start_root(bench)
     bench.close()
     wait_for(lambda: not any(map(is_running, numbers)))
-    process.communicate(timeout=10)
+    process.communicate(timeout=60)

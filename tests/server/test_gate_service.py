@@ -207,7 +207,7 @@ def test_a_service_killed_while_it_measures(gated, tmp_path, monkeypatch):
 
     def on_round(record):
         if record.round == 3:
-            assert process.wait(10) == -signal.SIGKILL
+            assert process.wait(60) == -signal.SIGKILL
             processes.append(serving(tmp_path / "store", port)[0])
 
     try:
