@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from client.flip.inversion import HALF, NOISE, InversionSettings, Precision, Search, Triggers, invert, random_start
+from client.flip.inversion import invert
+from client.flip.triggers import HALF, NOISE, InversionSettings, Precision, Search, Triggers, random_start
 from client.trainer import LocalJob, honest
 from tasks.dataset import Dataset
 from tasks.model import build

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from client.attack import Attack
-from client.flip.inversion import InversionSettings, Search, Triggers, invert, random_start
+from client.flip.inversion import invert
+from client.flip.triggers import InversionSettings, Search, Triggers, random_start
 from client.trainer import BatchTransform, LocalJob, LocalResult, LocalTrainer
 from tasks.errors import SpecError
 

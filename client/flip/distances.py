@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from client.flip.inversion import Triggers
+from client.flip.triggers import Triggers
 
 PREFIX = "flip."
 

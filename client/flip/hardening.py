@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from client.flip.distances import ClassDistances
-from client.flip.inversion import Inverter, Search, Triggers, random_start
+from client.flip.triggers import Inverter, Search, Triggers, random_start
 from client.trainer import LocalJob
 
 Pair = tuple[int, int]  # source class, target class

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from client.flip.inversion import DEFAULTS, InversionSettings, Search, Triggers, invert, random_start
+from client.flip.inversion import invert
+from client.flip.triggers import DEFAULTS, InversionSettings, Search, Triggers, random_start
 from tasks.errors import SpecError
 from tasks.rng import generator
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from client.attack import read_attack
-from client.flip.inversion import InversionSettings, Inverter, Objective, Search, Triggers, frozen, invert
+from client.flip.inversion import frozen, invert
+from client.flip.triggers import InversionSettings, Inverter, Objective, Search, Triggers
 from client.trainer import LocalJob
 from tasks.errors import SpecError
 

@@ -12,8 +12,8 @@ import torch
 
 from client.flip.distances import ClassDistances
 from client.flip.hardening import Hardening, HardeningSettings
-from client.flip.inversion import InversionSettings, Precision
 from client.flip.techniques import inverter
+from client.flip.triggers import InversionSettings, Precision
 from client.trainer import LocalJob, LocalResult
 from tasks.errors import SpecError
 from tasks.model import SeededDropout, set_dropout_generator

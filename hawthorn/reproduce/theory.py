@@ -28,7 +28,8 @@ from certify.flip.bounds import LossBounds, exact_loss_change, linear_change, lo
 from certify.flip.counts import Comparison, compare, count
 from certify.flip.radius import RecoveryRadius, printed_norm_radius, recovery_radius, worst_errors
 from client.attack import read_attack
-from client.flip.inversion import Search, invert, random_start
+from client.flip.inversion import invert
+from client.flip.triggers import Search, random_start
 from hawthorn.experiment import Experiment
 from server.record import RunRecord, read_model, read_run
 from tasks.errors import ConfigError, RecordError

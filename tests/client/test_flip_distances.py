@@ -3,7 +3,7 @@
 import torch
 
 from client.flip.distances import ClassDistances
-from client.flip.inversion import Triggers
+from client.flip.triggers import Triggers
 from tasks.rng import generator
 
 EVERYONE = torch.ones(4, dtype=torch.bool)

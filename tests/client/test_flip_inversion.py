@@ -9,8 +9,9 @@ from torch.nn import functional
 
 from client.flip._convolution import fast_input_gradients
 from client.flip.inspect import inspect
-from client.flip.inversion import DEFAULTS, InversionSettings, Search, invert, random_start
+from client.flip.inversion import invert
 from client.flip.techniques import stimulate
+from client.flip.triggers import DEFAULTS, InversionSettings, Search, random_start
 from tasks.errors import SpecError
 from tasks.rng import generator
 
