@@ -22,8 +22,9 @@ from server.crfl import CrflRecorder
 from server.evaluate import Evaluator, Metrics
 from server.gate import Gate, GateRound
 from server.observe import Observers
-from server.record import RoundRecord, RunWriter, read_model
+from server.record import RoundRecord, read_model
 from server.root import RootTrainer
+from server.writer import RunWriter
 from strategies.checks import update_norm
 from strategies.context import BROADCAST
 from strategies.pipeline import Pipeline, ServerStep

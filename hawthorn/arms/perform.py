@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from hawthorn.experiment import MACHINE, Arm
 from hawthorn.preflight import preflight
-from server.record import RoundRecord, RunRecord, read_run, set_aside
+from server.record import RoundRecord, RunRecord, read_run
+from server.writer import set_aside
 from tasks.config import RunConfig
 from tasks.errors import AggregationError, EngineError, HawthornError, RecordError
 

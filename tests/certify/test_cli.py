@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from certify import cli
+from certify.commands.console import stoppable
 from certify.crfl.training_record import ClientWork, RoundWork, TrainingRecord
 from certify.files.lines import read
 
@@ -156,7 +157,7 @@ def test_a_sound_certificate_that_cannot_be_is_refused(run: Path, tmp_path: Path
 
 
 def test_the_first_signal_asks_and_the_second_ends() -> None:
-    with cli._stoppable() as should_stop:
+    with stoppable() as should_stop:
         assert not should_stop()
         os.kill(os.getpid(), signal.SIGINT)
         assert should_stop()

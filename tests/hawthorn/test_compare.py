@@ -9,7 +9,8 @@ import torch
 from rich.console import Console
 
 from hawthorn.compare import attacker_share, compare_rows, compare_table, shorten_spec
-from server.record import RoundRecord, RunWriter, read_run
+from server.record import RoundRecord, read_run
+from server.writer import RunWriter
 from tasks.params import Layout
 
 LAYOUT = Layout(("w",), ((2,),), 2)

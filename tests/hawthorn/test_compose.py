@@ -21,7 +21,7 @@ from hawthorn.engines._superlink import RunState
 from hawthorn.experiment import read_experiment
 from hawthorn.keys import KeyFolder, make_keys
 from hawthorn.overrides import read_overrides
-from server.record import RunWriter
+from server.writer import RunWriter
 from tasks.config import RunConfig
 from tasks.errors import ConfigError, EngineError
 from tasks.task import load

@@ -4,7 +4,7 @@ import pytest
 
 from hawthorn.experiment import MACHINE, find_experiment, read_experiment, shipped_experiments
 from hawthorn.overrides import read_overrides
-from server.record import MAY_CHANGE
+from server.writer import MAY_CHANGE
 from tasks.errors import ConfigError, SpecError
 
 FILE = """

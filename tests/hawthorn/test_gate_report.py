@@ -8,7 +8,8 @@ import torch
 from matplotlib import rc_context
 
 from hawthorn.report import _curves, _gate, _style, write_report
-from server.record import RoundRecord, RunWriter, read_run
+from server.record import RoundRecord, read_run
+from server.writer import RunWriter
 from tasks.params import Layout
 
 LAYOUT = Layout(("w",), ((2,),), 2)

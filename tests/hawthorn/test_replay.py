@@ -9,7 +9,8 @@ from rich.console import Console
 
 from hawthorn.engines import in_process
 from hawthorn.replay import replay, replay_table
-from server.record import RoundRecord, RunWriter
+from server.record import RoundRecord
+from server.writer import RunWriter
 from strategies.checks import update_norm
 from tasks import spec
 from tasks.config import RunConfig

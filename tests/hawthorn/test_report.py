@@ -11,7 +11,8 @@ from matplotlib import rc_context
 from PIL import Image
 
 from hawthorn.report import _curves, _participation, _style, _tables, write_report
-from server.record import RoundRecord, RunWriter, read_run
+from server.record import RoundRecord, read_run
+from server.writer import RunWriter
 from tasks.errors import RecordError
 from tasks.params import Layout
 from tasks.rng import generator

@@ -20,7 +20,8 @@ from hawthorn.replay import replay
 from server.crfl import network_of, training_record
 from server.evaluate import Evaluator
 from server.gate import Gate, gate_settings, held_out
-from server.record import RoundRecord, RunWriter, read_model, read_run
+from server.record import RoundRecord, read_model, read_run
+from server.writer import RunWriter
 from strategies.context import BROADCAST
 from tasks.config import RunConfig
 from tasks.errors import ConfigError, RecordError

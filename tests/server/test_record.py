@@ -7,7 +7,8 @@ import os
 import pytest
 import torch
 
-from server.record import RoundRecord, RunWriter, read_model, read_run, read_updates, set_aside
+from server.record import RoundRecord, read_model, read_run, read_updates
+from server.writer import RunWriter, set_aside
 from tasks.errors import ConfigError, RecordError
 from tasks.params import Layout
 
@@ -120,7 +121,7 @@ def test_a_full_disk_says_so_and_keeps_finished_rounds(config, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("server.record.save_file", full)
+    monkeypatch.setattr("server.writer.save_file", full)
     with pytest.raises(RecordError, match=r"No space left.*--resume"):
         writer.write_round(record(4), torch.full((6,), 4.0), None)
     writer.close()
