@@ -11,7 +11,7 @@ and patterns are kept as float16, because they only start the next search.
 """
 
 import dataclasses
-from collections.abc import Collection, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import dataclass, field
 
 import torch
@@ -92,15 +92,19 @@ class ClassDistances:
             self.previous = best[0]
         return best
 
-    def update(self, source: int, target: int, size: float, symmetric: bool) -> None:
-        """Take a pair's distance after its second visit; where the target is absent, the reverse has no priority."""
-        for pair in ((source, target), (target, source)) if symmetric else ((source, target),):
-            old = float(self.sizes[pair])
+    def update(self, found: Mapping[tuple[int, int], float], target_absent: bool = False) -> None:
+        """Take the sizes that a pair's second visit found, by (source, target): each direction gets their mean.
+
+        A direction that was not found keeps its distance. Where the target is absent, the reverse has no priority.
+        """
+        size = sum(found.values()) / max(1, len(found))
+        for source, target in found:
+            old = float(self.sizes[source, target])
             change = (size - old) / old if old > 0 else 0.0
-            self.priority[pair] = (float(self.priority[pair]) + change) / 2
-            self.sizes[pair] = size
-        if not symmetric:
-            self.priority[target, source] = 0.0
+            self.priority[source, target] = (float(self.priority[source, target]) + change) / 2
+            self.sizes[source, target] = size
+            if target_absent:
+                self.priority[target, source] = 0.0
 
     def remember(self, source: int, target: int, triggers: Triggers, which: int) -> None:
         """Keep a found trigger as the start of the direction's next search."""

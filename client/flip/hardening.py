@@ -85,8 +85,8 @@ class Hardening:
     def run(self) -> None:
         """Train for the round: warm-up until every class has a universal trigger, then pairs."""
         batches, position, k = self._plan(), 0, self.settings.pairs_at_once
-        if self.settings.warm_each_round:
-            self.distances.cool()
+        if self.settings.warm_each_round and len(batches) >= self.num_classes + 2:
+            self.distances.cool()  # a client with fewer batches would never come to a pair
         while position < len(batches):
             cold = self.distances.cold
             part = batches[position : position + (min(k, len(cold)) if cold else 2 * k)]
@@ -135,15 +135,16 @@ class Hardening:
         self.num_pairs += sum(pair is not None for pair in pairs)
         self._visit(read, pairs, self.settings.first_steps, self.settings.alpha)
         read = [self._read(batch) for batch in batches[num:]]
-        sizes = self._visit(read, pairs[: len(read)], self.settings.second_steps, self.settings.second_alpha)
-        for pair, found in zip(pairs, sizes, strict=False):
-            if pair is not None and found:
-                self.distances.update(*pair, sum(found) / len(found), symmetric=len(found) == 2)
+        for visit in self._visit(read, pairs[: len(read)], self.settings.second_steps, self.settings.second_alpha):
+            self.distances.update({way: size for way, size in visit.items() if size is not None}, len(visit) == 1)
 
     def _visit(
         self, read: Sequence[tuple[Tensor, Tensor]], pairs: Sequence[Pair | None], steps: int, alpha: float
-    ) -> list[list[float]]:
-        """Invert the pairs of all batches at once, then train on the batches in turn; return each pair's sizes."""
+    ) -> list[dict[Pair, float | None]]:
+        """Invert the pairs of all batches at once, then train on the batches in turn.
+
+        Returns the size of each direction that a batch's pair was inverted in, None where no trigger was found.
+        """
         searches: list[Search] = []
         ways: list[list[Pair]] = []
         for (inputs, labels), pair in zip(read, pairs, strict=True):
@@ -155,7 +156,8 @@ class Hardening:
         triggers = self.inverter(self.job.model, searches, self._starts(flat), steps, self.draw)
         for i, way in enumerate(flat):
             self.distances.remember(*way, triggers, i)
-        sizes, first = [], 0
+        visits: list[dict[Pair, float | None]] = []
+        first = 0
         for (inputs, labels), part in zip(read, ways, strict=True):
             which = range(first, first + len(part))
             usable = [i for i in which if float(triggers.sizes[i]) <= self.settings.max_size]
@@ -163,9 +165,9 @@ class Hardening:
             directions = [Direction(classes == flat[i][0], i) for i in usable]
             if directions or not self.released:
                 self._train(inputs, labels, triggers, directions)
-            sizes.append([float(triggers.sizes[i]) for i in which if bool(triggers.found[i])])
+            visits.append({flat[i]: float(triggers.sizes[i]) if bool(triggers.found[i]) else None for i in which})
             first += len(part)
-        return sizes
+        return visits
 
     def _ways(self, pair: Pair | None, labels: Tensor) -> list[Pair]:
         """Return the directions that a pair is inverted in, given who is present: both, one or none."""

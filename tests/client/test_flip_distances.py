@@ -51,7 +51,7 @@ def test_the_closest_pair_first_and_none_without_a_distance():
     distances = warmed()
     assert distances.choose(EVERYONE, 0.0, generator(1), closest=True) == (0, 2)
     assert distances.choose(EVERYONE, 0.0, generator(1), closest=True) == (1, 2)  # source 0 was the last one
-    distances.update(3, 0, 0.5, symmetric=False)
+    distances.update({(3, 0): 0.5}, target_absent=True)
     assert distances.choose(EVERYONE, 0.0, generator(1), closest=True) == (3, 0)
     assert warmed(sizes=(0.0,) * 4).choose(EVERYONE, 0.0, generator(1), closest=True) is None
 
@@ -79,14 +79,24 @@ def test_random_pairs_come_as_often_as_asked_and_never_from_absent_classes():
 
 def test_updates_average_relative_changes():
     distances = warmed()
-    distances.update(0, 1, 12.0, symmetric=True)  # 8 -> 12: change 0.5, priority (1 + 0.5) / 2
+    distances.update({(0, 1): 10.0, (1, 0): 14.0})  # 8 -> 12: change 0.5, priority (1 + 0.5) / 2
     assert distances.sizes[0, 1] == distances.sizes[1, 0] == 12.0
     assert distances.priority[0, 1] == 0.75
     assert distances.priority[1, 0] == (0.5 + (12 - 4) / 4) / 2
-    distances.update(2, 3, 3.0, symmetric=False)
+    distances.update({(2, 3): 3.0}, target_absent=True)
     assert distances.priority[2, 3] == (0.75 - 0.5) / 2
     assert distances.priority[3, 2] == 0
     assert distances.sizes[3, 2] == 2.0
+
+
+def test_only_the_direction_that_was_found_is_updated():
+    distances, before = warmed(), warmed()
+    distances.update({(1, 0): 12.0})
+    assert distances.sizes[1, 0] == 12.0
+    assert distances.sizes[0, 1] == before.sizes[0, 1]
+    assert distances.priority[0, 1] == before.priority[0, 1]
+    distances.update({})
+    assert distances.sizes[1, 0] == 12.0
 
 
 def test_what_is_kept_comes_back_and_only_found_triggers_are_kept():

@@ -48,6 +48,16 @@ def train(work: LocalJob, text: str):
     return honest(resolve("training", text))(work)
 
 
+def test_a_client_with_few_batches_finishes_its_warm_up_and_hardens_pairs_when_distances_are_measured_anew():
+    state, pairs = {}, []
+    for round in (1, 2, 3):
+        result = train(
+            job(clients=40, round=round, state=state), f"flip(warm_each_round=True, max_size=64.0, {QUICK}, steps=6)"
+        )
+        pairs.append(result.metrics["flip-pairs"])
+    assert pairs == [0, 1, 3]  # six batches each: six classes, then four and a pair, then three pairs
+
+
 @pytest.mark.parametrize("variant", ["paper", "released"])
 def test_both_variants_train_harden_and_keep_their_state(variant):
     work = job()
