@@ -33,7 +33,7 @@ class Seen:
     pairs: Tensor  # [pairs, 2], int64
     masks: Tensor  # [pairs, 1, height, width], or [pairs, features]
     patterns: Tensor
-    distances: Tensor  # [classes, classes], source by target; NaN on the diagonal and where none was found
+    distances: Tensor  # [classes, classes], source by target; NaN: not sought, inf: none found
 
     def to_class(self, target: int) -> list[tuple[int, Tensor, Tensor, float]]:
         """Return (source, mask, pattern, l1 norm) of every trigger towards a class."""

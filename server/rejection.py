@@ -95,19 +95,21 @@ def rates(found: Confidences, taus: Sequence[float] | Floats) -> Rates:
 def roc(found: Confidences, points: int = 400) -> tuple[Floats, Floats]:
     """Return the shares of (attacked, clean) samples accepted, both rising, at `points` thresholds at most."""
     sure, hit_sure = np.sort(found.sure.numpy()), np.sort(found.hit_sure.numpy())
-    every = np.unique(np.concatenate([sure, hit_sure]))
+    both = np.sort(np.concatenate([sure, hit_sure]))
+    both = both[~np.isnan(both)]
+    every = np.unique(both)
     if len(every) > points:  # evenly in rank, so that steep parts of the curve keep their points
-        both = np.sort(np.concatenate([sure, hit_sure]))
         every = np.unique(both[np.linspace(0, len(both) - 1, points).round().astype(int)])
     at = np.append(every, np.inf)[::-1]
     return _share_from(hit_sure, at, len(hit_sure)), _share_from(sure, at, len(sure))
 
 
 def _share_from(values: Floats, at: Floats, total: int) -> Floats:
-    """Return, per threshold, how many of `values` are at least it, as a share of `total`."""
+    """Return, per threshold, how many of `values` are at least it, as a share of `total`; a NaN never is."""
     if total == 0:
         return np.full(len(at), np.nan)
-    return (len(values) - np.searchsorted(np.sort(values), at, side="left")) / total
+    known = np.sort(values[~np.isnan(values)])
+    return (len(known) - np.searchsorted(known, at, side="left")) / total
 
 
 def auc(found: Confidences) -> float | None:

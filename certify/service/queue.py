@@ -171,11 +171,13 @@ class WorkQueue:
                         job.num_waiting += 1
                         ahead = self._waiting.index(job) if job in self._waiting else 0
                         return Ticket(self, job, ahead)
-            idle = len(self._threads) - len(self._running)  # each is about to take one of those that wait
-            if len(self._waiting) >= self.size + idle:
-                raise QueueFullError(f"{self.size} requests wait already, as many as may; try again later")
-            job = self._jobs[key] = Job(key, work)
+            job = Job(key, work)
             job.num_waiting = 1
+            free = [waiting for waiting in (*self._waiting, job) if waiting.key not in self._running]
+            taken = min(len(free), len(self._threads) - len(self._running))  # by idle workers, in a moment
+            if len(self._waiting) + 1 - taken > self.size:
+                raise QueueFullError(f"{self.size} requests wait already, as many as may; try again later")
+            self._jobs[key] = job
             self._waiting.append(job)
             self._lock.notify()
             return Ticket(self, job, len(self._waiting) - 1)

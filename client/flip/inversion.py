@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from client.flip._batch import Batch
 from client.flip._convolution import fast_input_gradients
-from client.flip.triggers import DEFAULTS, InversionSettings, Objective, Search, Triggers
+from client.flip.triggers import DEFAULTS, InversionSettings, Objective, Search, Triggers, check_inputs
 from tasks.errors import SpecError
 
 
@@ -46,6 +46,7 @@ def invert(
         raise SpecError(f"invert wants a start for each of {len(searches)} searches, got {len(masks)}, {len(patterns)}")
     if not searches:
         return Triggers(masks, patterns, torch.zeros(0), torch.zeros(0, dtype=torch.bool))
+    check_inputs(searches[0].inputs)
     with frozen(model):
         rough = settings.precision == "bfloat16"
         work = Batch.of(objective or _cross_entropy(model, rough), searches, masks, patterns, settings)

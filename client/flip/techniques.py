@@ -4,7 +4,7 @@
 - ``neuron_stimulation``: after ABS (Liu et al., CCS 2019), as FLIP's appendix A.7 combines it: the neuron of the last
   hidden layer whose stimulation moves the samples most towards the target is found first, then a trigger is sought
   that excites this neuron and leaves the others as they are. Deviation: one neuron per search, and the mask's size is
-  held down by the same schedule as in the other search. The ten triggers a round of A.7 are `steps=10` of the training.
+  held down by the same schedule as in the other search. A.7 makes ten triggers a round: `steps=10` of the training.
 - ``oracle``, ``random_white``, ``random_colour`` (appendix A.12): the attack's own trigger, which a defence cannot
   know; a white or coloured square at a random place. Nothing is inverted; every search gets such a trigger.
 """

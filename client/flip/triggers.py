@@ -7,6 +7,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from tasks.errors import SpecError
+
 HALF = 2 - 1e-7  # of the tanh parametrisation; keeps the inverse finite at 0 and 1
 NOISE = 0.01  # of a re-set search
 
@@ -73,6 +75,12 @@ class Objective(Protocol):
     """
 
     def __call__(self, stamped: Tensor, owner: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+def check_inputs(inputs: Tensor) -> None:
+    """Raise `SpecError` for inputs that no trigger can be blended into: tokens."""
+    if not inputs.is_floating_point():
+        raise SpecError(f"triggers are sought on images or feature vectors, not on {inputs.dtype} (tokens of text?)")
 
 
 def random_start(num_searches: int, input_shape: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:

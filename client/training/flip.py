@@ -13,7 +13,7 @@ import torch
 from client.flip.distances import ClassDistances
 from client.flip.hardening import Hardening, HardeningSettings
 from client.flip.techniques import inverter
-from client.flip.triggers import InversionSettings, Precision
+from client.flip.triggers import InversionSettings, Precision, check_inputs
 from client.trainer import LocalJob, LocalResult
 from tasks.errors import SpecError
 from tasks.model import SeededDropout, set_dropout_generator
@@ -70,6 +70,7 @@ def flip(
         raise SpecError(
             "flip wants counts and rates of at least 0, batch_size and pairs_at_once of at least 1, shares in [0, 1]"
         )
+    check_inputs(job.dataset.batch("train", job.indices[:1])[0])
     settings = HardeningSettings(
         variant=variant,
         batch_size=batch_size,

@@ -106,7 +106,7 @@ def _distances(found: Any) -> Table:
     for to in range(len(found.after.distances)):
         values = [torch.nanmedian(getattr(found, name).distances[:, to]).item() for name in names]
         own = f"{float(found.true_mask.amax(0).sum()):.1f}" if to == found.target else ""
-        table.add_row(str(to), *("none found" if math.isnan(v) else f"{v:.1f}" for v in values), own)
+        table.add_row(str(to), *(f"{v:.1f}" if math.isfinite(v) else "none found" for v in values), own)
     return table
 
 
@@ -119,7 +119,7 @@ def _distances_csv(found: Any) -> str:
             for source, row in enumerate(seen.distances.tolist()):
                 for to, value in enumerate(row):
                     if source != to:
-                        shown = "" if math.isnan(value) else f"{value:.4f}"
+                        shown = f"{value:.4f}" if math.isfinite(value) else ""
                         writer.writerow([name, source, to, shown, int(to == found.target)])
     return text.getvalue()
 

@@ -1,9 +1,9 @@
 """Inverted triggers beside the attacker's own, and class distances before and after, as pictures."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -64,23 +64,30 @@ def draw_distances(found: TriggersOfRun) -> Figure:
     size = max(3.6, 0.48 * len(found.after.distances) + 0.8)
     figure = new_figure(size * len(models) + 0.9, size + 0.3)
     grid = figure.subplots(1, len(models), squeeze=False)[0]
-    high = max(float(np.nanmax(seen.distances.numpy(), initial=1.0)) for seen in models)
+    high = max(1.0, *(float(d) for seen in models for d in _found(seen.distances)))
     for axes, seen in zip(grid, models):
         title = "the final model" if seen is found.after else "the model before"
         _matrix(axes, seen.distances, high, f"{title}: mean {_mean(seen.distances)}", found.target)
     return figure
 
 
+def _found(distances: Tensor) -> Tensor:
+    return distances[torch.isfinite(distances)]
+
+
 def _mean(distances: Tensor) -> str:
-    known = distances[~torch.isnan(distances)]
-    return f"{float(known.mean()):.1f}" if len(known) else "none found"
+    """Say the mean of the distances that were found, and how many were sought in vain."""
+    found, lost = _found(distances), int(torch.isinf(distances).sum())
+    if not len(found):
+        return "none found"
+    return f"{float(found.mean()):.1f}" + (f", {lost} not found" if lost else "")
 
 
 def _matrix(axes: Axes, distances: Tensor, high: float, title: str, target: int | None) -> None:
     colours, classes = colormaps["viridis"], len(distances)
     for source, row in enumerate(distances.tolist()):
         for to, value in enumerate(row):
-            known = value == value
+            known = math.isfinite(value)
             colour: Sequence[float] = colours(value / high) if known else (0.93, 0.93, 0.93, 1.0)
             axes.add_patch(Rectangle((to - 0.5, source - 0.5), 1, 1, facecolor=colour, edgecolor="white", lw=0.6))
             ink = "white" if 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] < 0.5 else "black"

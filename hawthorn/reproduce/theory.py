@@ -32,13 +32,14 @@ from client.flip.inversion import invert
 from client.flip.triggers import Search, random_start
 from hawthorn.experiment import Experiment
 from server.record import RunRecord, read_model, read_run
+from server.writer import MAY_CHANGE
 from tasks.errors import ConfigError, RecordError
 from tasks.params import bind
 from tasks.rng import generator
 from tasks.task import Task, load
 
 BATCH = 500
-MAY_DIFFER = {"training", "rule", "mixing", "transform", "optimizer", "tau", "attack"}
+DEFENCE = {"training", "rule", "mixing", "transform", "optimizer", "root_samples", "gate", "tau"}  # may differ
 OUTSIDE = 1.01  # of the radius
 STEPS, IMAGES = 400, 64  # of the inversion that a recovered trigger comes from
 
@@ -99,7 +100,8 @@ class Checked:
     clean: OnSamples | None = None
     backdoored: OnSamples | None = None
     clean_right: tuple[int, int] = (0, 0)  # accepted and right, before and after
-    attacks: Comparison | None = None
+    attacks_accepted: tuple[int, int] = (0, 0)  # before and after, each at its run's own tau
+    attacks: Comparison | None = None  # both at the second run's tau, as Corollary 1 speaks of them
     radii: list[OnRadius] = field(default_factory=list)
     problem: str = ""
 
@@ -131,25 +133,30 @@ def check_pair(pair: Pair, before: Path, after: Path, draws: int) -> Checked:
     task = _same_task(first, second)
     models = [_double(task, run) for run in (first, second)]
     clean, triggered = _test_inputs(task, first)
+    if not all(torch.equal(*both) for both in zip(triggered, _test_inputs(task, second)[1])):
+        raise RecordError(f"{first.folder} and {second.folder} differ in more than the defence: the attack's trigger")
     (inputs, labels), (attacked, wanted) = clean, triggered
     before_clean, after_clean = (_logits(model, inputs) for model in models)
     before_bad, after_bad = (_logits(model, attacked) for model in models)
     taus = first.config.tau, second.config.tau
-    right = tuple(count(z, labels, t).accepted_wanted for z, t in zip((before_clean, after_clean), taus))
+    right = [count(z, labels, t).accepted_wanted for z, t in zip((before_clean, after_clean), taus)]
+    hit = [count(z, wanted, t).accepted_wanted for z, t in zip((before_bad, after_bad), taus)]
     return Checked(
         pair,
         _on_samples(before_clean, after_clean, labels),
         _on_samples(before_bad, after_bad, wanted),
         (right[0], right[1]),
+        (hit[0], hit[1]),
         compare(before_bad, after_bad, wanted, second.config.tau),
         list(_radii(task, first, models, attacked, wanted, draws)),
     )
 
 
 def _same_task(first: RunRecord, second: RunRecord) -> Task:
+    """Return the task of both; the attack's text may differ in how attackers train, its trigger is compared later."""
     ours, theirs = vars(first.config), vars(second.config)
-    keys = ("dataset", "model", "partition", "num_clients", "seed", "attack_schedule", "num_rounds", "from_model")
-    if differ := [key for key in keys if ours[key] != theirs[key]]:
+    free = DEFENCE | MAY_CHANGE - {"num_rounds"} | {"attack", "eval_every", "keep_updates", "keep_models"}
+    if differ := [key for key in ours if key not in free and not key.startswith("gate_") and ours[key] != theirs[key]]:
         raise RecordError(f"{first.folder} and {second.folder} differ in more than the defence: {', '.join(differ)}")
     return load(first.config)
 
@@ -186,10 +193,10 @@ def _on_samples(before: Floats, after: Floats, labels: Tensor) -> OnSamples:
 def _radii(
     task: Task, run: RunRecord, models: list[nn.Module], attacked: Tensor, wanted: Tensor, draws: int
 ) -> Iterator[OnRadius]:
-    """Yield what the radius says around the true trigger and around an inverted one; nothing of a deeper network."""
-    layers = [[m for m in model.modules() if any(True for _ in m.parameters(recurse=False))] for model in models]
-    linear = [each[0] for each in layers if len(each) == 1 and isinstance(each[0], nn.Linear)]
-    if len(linear) < 2:
+    """Yield what the radius says around the true trigger and around an inverted one; nothing of other than W x + b."""
+    layers = [[m for m in model.modules() if not len(list(m.children()))] for model in models]
+    linear = [m for each in layers for m in each if isinstance(m, nn.Linear)]
+    if len(linear) != 2 or not all(isinstance(m, nn.Linear | nn.Flatten) for each in layers for m in each):
         return
     first, second = linear
     weight = (second.weight.detach() - first.weight.detach()).numpy()
@@ -268,10 +275,9 @@ def _rows(each: Checked) -> Iterator[dict[str, Any]]:
         yield {**first, "what": "", "note": each.problem}
         return
     paper = each.pair.paper or ("", "", "", "")
-    attacks = each.attacks.before.accepted_wanted, each.attacks.after.accepted_wanted
     for name, on, counts, theirs in (
         ("clean", each.clean, each.clean_right, paper[:2]),
-        ("backdoored", each.backdoored, attacks, paper[2:]),
+        ("backdoored", each.backdoored, each.attacks_accepted, paper[2:]),
     ):
         yield {
             **first,

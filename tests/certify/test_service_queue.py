@@ -122,6 +122,27 @@ def test_a_burst_is_not_refused_while_a_worker_is_idle() -> None:
         queue.close(0.0)
 
 
+def test_an_idle_worker_that_can_take_a_question_is_room_for_it() -> None:
+    queue, slow = WorkQueue(size=1, workers=3), threading.Event()
+    entered = [threading.Event() for _ in range(2)]
+
+    def stubborn(control: Control, event: threading.Event) -> bytes:
+        event.set()
+        slow.wait(60)  # does not look whether it should stop
+        return b""
+
+    for key, event in zip("ab", entered, strict=True):
+        ticket = queue.submit(key, lambda control, event=event: stubborn(control, event))
+        assert event.wait(60)
+        ticket.leave()
+    queue.submit("a", quick(b"a"))  # waits until the first of its key is over, whoever is idle
+    with pytest.raises(QueueFullError):
+        queue.submit("b", quick(b"b"))
+    assert finished(queue, "c", quick(b"c")) == b"c"  # the third worker takes it
+    slow.set()
+    queue.close(60.0)
+
+
 def test_errors_belong_to_those_who_wait_and_the_worker_lives_on(queue: WorkQueue) -> None:
     def broken(_: Control) -> bytes:
         raise ZeroDivisionError

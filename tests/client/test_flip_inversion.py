@@ -153,6 +153,12 @@ def test_a_model_that_is_not_finite_gives_no_trigger():
     assert torch.isfinite(found.masks).all()
 
 
+def test_tokens_are_refused():
+    searches = [Search(torch.zeros(4, 8, dtype=torch.int64), 1)]
+    with pytest.raises(SpecError, match=r"not on torch\.int64"):
+        invert(nn.Linear(8, 2), searches, random_start(1, (8,), generator(1)), 5, generator(1))
+
+
 def test_tables_have_masks_of_their_own_shape():
     model = nn.Linear(5, 3)
     found = invert(model, [Search(torch.rand(4, 5), 2)], random_start(1, (5,), generator(1)), 30, generator(2))

@@ -17,6 +17,7 @@ from tasks.params import Layout, bind, model_vector
 from tasks.rng import generator
 from tasks.spec import resolve
 from tasks.task import load_dataset
+from tasks.vocabulary import Vocabulary
 
 QUICK = (
     "epochs=3, batch_size=16, min_images=2, warm_steps=12, first_steps=12, second_steps=4, threshold=0.5, alpha=0.01"
@@ -126,6 +127,14 @@ def test_out_of_range_settings_are_refused():
             train(job(), text)
     with pytest.raises(SpecError, match="'random_white' has no precision 'bfloat16'"):
         train(job(), "flip(inversion='random_white', precision='bfloat16')")
+
+
+@pytest.mark.parametrize("inversion", ["neural_cleanse", "random_white"])
+def test_a_task_of_text_is_refused(inversion):
+    work = job()
+    tokens = dataclasses.replace(work.dataset, vocabulary=Vocabulary(("a",)), scale=1.0)
+    with pytest.raises(SpecError, match="images or feature vectors"):
+        train(dataclasses.replace(work, dataset=tokens), f"flip(inversion={inversion!r}, {QUICK})")
 
 
 def test_attackers_may_train_their_own_way():

@@ -11,13 +11,15 @@ from typer.testing import CliRunner
 from hawthorn.arms.perform import How
 from hawthorn.arms.run import run_arms
 from hawthorn.cli import app
+from hawthorn.engines import find_engine
 from hawthorn.experiment import distinct, read_experiment
 from hawthorn.reproduce.results import write_results
 from hawthorn.reproduce.study import check_theory, read_rows, read_study, shipped_studies
+from hawthorn.reproduce.theory import Pair, check_pair
 from hawthorn.reproduce.theory_results import theory_tables, write_theory
 from server.record import read_run
 from server.rejection import measure_confidences, rates
-from tasks.errors import ConfigError
+from tasks.errors import ConfigError, RecordError
 
 BASE = """
 title = "Base"
@@ -187,6 +189,38 @@ def test_rows_read_one_run_at_several_thresholds_and_the_theory_holds(files, tmp
     assert float(lines[0]["lower"]) <= float(lines[0]["loss_change"]) <= float(lines[0]["upper"])
 
 
+def test_the_theory_speaks_of_runs_that_differ_in_the_defence_alone(files, tmp_path):
+    study = read_study(str(files[1]), given(tmp_path), dataset=None, rows=["mean", "median"], seeds=[1])
+    run_study(study)
+    mean, median = (next(a for a in study.first.arms if a.label == label) for label in ("mean", "median"))
+    pair, before = Pair("p", "p", "mean", "median"), mean.config.run_folder
+    checked = check_pair(pair, before, median.config.run_folder, 10)
+    taus = mean.config.tau, median.config.tau
+    assert taus[0] != taus[1]
+    finals = [read_run(arm.config.run_folder).final for arm in (mean, median)]
+    shares = [hits / checked.backdoored.samples for hits in checked.attacks_accepted]
+    assert shares == pytest.approx([final.asr for final in finals], abs=1e-6)  # each at its own tau
+    for change in (
+        {"server_lr": 1.0},
+        {"malicious_clients": "1"},
+        {"attack": median.config.attack.replace("(2, 2)", "(1, 2)")},
+    ):
+        other = median.config.replace(name="other", **change)
+        find_engine("in_process").run(other)
+        with pytest.raises(
+            RecordError, match=r"differ in more than the defence: (server_lr|malicious_clients|the attack)"
+        ):
+            check_pair(pair, before, other.run_folder, 10)
+
+
+def test_a_model_that_normalises_has_no_radius(files, tmp_path):
+    files[0].write_text(BASE.replace("bias=False", "mean=(0.5,), std=(0.5,)"))
+    study = read_study(str(files[1]), given(tmp_path), dataset=None, rows=["mean", "median"], seeds=[1])
+    run_study(study)
+    (first,) = check_theory(study)
+    assert (first.problem, first.clean.violations, first.backdoored.violations, first.radii) == ("", 0, 0, [])
+
+
 def test_the_command_prints_both_and_runs_each_model_once(files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["reproduce", str(files[1]), "--rows", "without,strict,mean", "--rounds", "1", "--jobs", "1"]
@@ -310,6 +344,23 @@ def test_triggers_are_drawn_and_kept_beside_the_true_one(finished):
     page = (finished / "report.html").read_text()
     assert "Triggers and class distances" in page
     assert np.char.count(page, "class distances, the l1 norm") == 1
+
+
+def test_distances_that_were_not_found_are_said_so(finished):
+    from hawthorn.report._triggers import draw_distances
+    from hawthorn.triggers import kept_triggers
+
+    shown = CliRunner().invoke(app, ["triggers", str(finished), "--steps", "1", "--samples", "2"])
+    assert "none found" in shown.stdout
+    assert "inf" not in shown.stdout
+    found = kept_triggers(read_run(finished))
+    lost = int(torch.isinf(found.after.distances).sum())
+    assert lost > 0
+    lines = list(csv.DictReader((finished / "distances.csv").open()))
+    assert [line["l1"] for line in lines if line["model"] == "after"].count("") == lost
+    axes = draw_distances(found).axes[1]
+    assert "inf" not in axes.get_title()
+    assert sum(text.get_text() == "–" for text in axes.texts) == lost
 
 
 def test_an_extra_arm_runs_when_it_is_named(tmp_path):

@@ -47,6 +47,18 @@ def test_without_a_trigger_there_is_no_asr():
     assert np.isnan(rates(found, [0.0, 0.5]).asr).all()
 
 
+def test_a_confidence_that_is_no_number_is_rejected_at_every_tau():
+    found = drawn()
+    sure = found.sure.clone()
+    sure[::5] = torch.nan
+    found = Confidences(found.right, sure, found.hit, found.hit_sure, 0.5)
+    at = rates(found, [0.0, 0.5])
+    assert at.clean_rejected[0] == pytest.approx(0.2)
+    assert at.acc[0] == pytest.approx((found.right & ~sure.isnan()).double().mean().item())
+    _, clean = roc(found)
+    assert clean[-1] == pytest.approx(0.8)
+
+
 @pytest.mark.parametrize("taus", [[-0.1], [1.1], [float("nan")], [[0.5]]])
 def test_thresholds_are_confidences(taus):
     with pytest.raises(ConfigError, match="thresholds are numbers from 0 to 1"):
