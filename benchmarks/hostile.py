@@ -29,7 +29,6 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.grid import AnsweringGrid
-from strategies.context import needs
 from strategies.pipeline import Pipeline, ServerStep
 from strategies.population import Population
 from strategies.robust import RobustStrategy
@@ -137,7 +136,7 @@ def rule_text(name: str) -> str:
 def counts_claims(name: str) -> bool:
     """Whether the samples that clients claim can scale a rule's weights."""
     function = spec.find("rule", name)
-    return isinstance(function, WeightRule) and "root_update" not in needs(function)
+    return isinstance(function, WeightRule) and function.takes_claims
 
 
 def try_kind(name: str, kind: str) -> Cell:

@@ -10,7 +10,7 @@ from torch import Tensor
 from strategies.context import PER_CLIENT, RoundContext, needs, supply
 from strategies.rule import Mixing, Stack, WeightRule, weighted_sum
 from tasks.errors import AggregationError, ConfigError
-from tasks.spec import Component
+from tasks.spec import Component, find, names
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,20 @@ class Pipeline:
 
         With `claimed` also if the samples that clients claim cannot scale its weights.
         """
-        if claimed and not isinstance(self.rule.function, WeightRule):
+        rule = self.rule.function
+        if claimed and not isinstance(rule, WeightRule):
             raise ConfigError(f"client-weights = claimed needs a rule that weighs clients; {self.rule.name} does not")
-        if claimed and "root_update" in needs(self.rule.function):
+        if claimed and isinstance(rule, WeightRule) and not rule.takes_claims:
             raise ConfigError(
-                f"client-weights = claimed does not go with {self.rule.name}: the server's own update says how much a "
-                "client counts, and a claim would undo that"
+                f"client-weights = claimed does not go with {self.rule.name}: it gives every client a weight of its "
+                f"own, which a claim would undo; it goes with {', '.join(_claimable('rule'))}"
             )
+        for mixing in self.mixing if claimed else ():
+            if not cast(Mixing[...], mixing.function).takes_claims:
+                raise ConfigError(
+                    f"client-weights = claimed does not go with mixing {mixing.name}, which hands the rule mixtures of "
+                    f"clients; it goes with {', '.join(_claimable('mixing'))}"
+                )
         wanted = [name for name in needs(self.rule.function) if name in PER_CLIENT]
         if self.mixing and wanted:
             raise ConfigError(
@@ -58,7 +65,7 @@ class Pipeline:
         """
         if len(context.clients) != len(updates):
             raise AggregationError(f"{len(updates)} updates came with {len(context.clients)} client ids")
-        self.check()
+        self.check(claims is not None)
         stack = Stack.of(updates)
         for place, mixing in enumerate(self.mixing):
             offered = supply(mixing, context, updates, f"mixing {place}")
@@ -88,10 +95,16 @@ def left_of(component: Component, exposed: int) -> dict[str, Any]:
 
 
 def _scaled(weights: Tensor, claims: Tensor) -> Tensor:
-    """Return weights times claims with the same sum; unchanged where nobody who counts claims any sample."""
-    share = weights * claims
-    total = share.sum()
-    return share * (weights.sum() / total) if total > 0 else weights
+    """Return weights times claims, these in units of their mean over all who count; unchanged where that is 0.
+
+    Weights that are 1/m (m admitted) times a factor of shortening become claim / all admitted claims times that factor.
+    """
+    counted = claims[weights > 0]
+    return weights * (claims / counted.mean()) if counted.sum() > 0 else weights
+
+
+def _claimable(kind: str) -> list[str]:
+    return [name for name in names(kind) if getattr(find(kind, name), "takes_claims", False)]
 
 
 @dataclass(frozen=True)

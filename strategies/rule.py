@@ -18,7 +18,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Concatenate, Generic, ParamSpec, cast
+from typing import Concatenate, Generic, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -27,11 +27,12 @@ from strategies.stack import Stack, weighted_sum
 from tasks.errors import AggregationError, ConfigError
 
 __all__ = [
-    "CoordinateRule", "Decision", "Mixing", "Rule", "Stack", "StackRule", "WeightRule", "coordinate_rule",
+    "CoordinateRule", "Decision", "Mixing", "Rule", "Stack", "StackRule", "WeightRule", "claimable", "coordinate_rule",
     "count_byzantine", "mixing", "require_clients", "stack_rule", "uniform_weights", "weight_rule", "weighted_sum",
 ]  # fmt: skip
 
 P = ParamSpec("P")
+N = TypeVar("N", bound="Named")
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Named:
         return self.__name__
 
     __name__: str
+    takes_claims = False  # see `claimable`
 
 
 class Rule(Named):
@@ -145,6 +147,16 @@ class Mixing(Named, Generic[P]):
 def weight_rule(function: Callable[Concatenate[Stack, P], Tensor | Decision]) -> WeightRule[P]:
     """Make a rule of a function from a stack to weights ``[rows]`` (float64), or to a `Decision`."""
     return WeightRule(function)
+
+
+def claimable(component: N) -> N:
+    """Say of a weight rule that it gives equal weights to those it admits, of a mixing that it keeps clients apart.
+
+    Either may shorten updates. Then the samples that clients claim can scale the weights as they do in a weighted mean,
+    and no claim undoes the shortening. Weights that fall with the distance from others would be undone by a claim.
+    """
+    component.takes_claims = True
+    return component
 
 
 def coordinate_rule(function: Callable[Concatenate[Tensor, P], Tensor]) -> CoordinateRule[P]:

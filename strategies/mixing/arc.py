@@ -9,7 +9,7 @@ k is computed in whole numbers, so that rounding never loses one. Needs n >= 2f 
 from torch import Tensor
 
 from strategies.mixing.clip_norms import shortened
-from strategies.rule import Stack, count_byzantine, mixing, require_clients
+from strategies.rule import Stack, claimable, count_byzantine, mixing, require_clients
 
 LAWS_NOT_KEPT = {
     "shift": "norms are measured from the global model, the origin, and a shift changes them",
@@ -17,6 +17,7 @@ LAWS_NOT_KEPT = {
 }
 
 
+@claimable
 @mixing
 def arc(updates: Stack, *, num_byzantine: int | float) -> Tensor:
     """Return the diagonal matrix that clips the 2 f (n - f) / n longest rows; needs n >= 2f + 1."""

@@ -7,7 +7,7 @@ With the mean it is the rule `norm_clipping`. Any n. Costs one reading: O(n d).
 import torch
 from torch import Tensor
 
-from strategies.rule import Stack, mixing
+from strategies.rule import Stack, claimable, mixing
 from tasks.errors import ConfigError
 
 LAW_ARGUMENTS = {"max_norm": 10.0}
@@ -19,6 +19,7 @@ LAWS_NOT_KEPT = {
 }
 
 
+@claimable
 @mixing
 def clip_norms(updates: Stack, *, max_norm: float) -> Tensor:
     """Return the diagonal matrix that shortens rows to an L2 norm of at most `max_norm`."""

@@ -19,12 +19,13 @@ import math
 import torch
 from torch import Tensor
 
-from strategies.rule import Stack, count_byzantine, require_clients, uniform_weights, weight_rule
+from strategies.rule import Stack, claimable, count_byzantine, require_clients, uniform_weights, weight_rule
 from tasks.errors import AggregationError, ConfigError
 
 BLOCK_COLUMNS = 8192
 
 
+@claimable
 @weight_rule
 def dnc(
     updates: Stack,

@@ -22,7 +22,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 from torch import Tensor
 
-from strategies.rule import Decision, Stack, uniform_weights, weight_rule
+from strategies.rule import Decision, Stack, claimable, uniform_weights, weight_rule
 from strategies.rules.norm_clipping import clip_factors
 from tasks.errors import ConfigError
 
@@ -33,6 +33,7 @@ LAWS_NOT_KEPT = {
 }
 
 
+@claimable
 @weight_rule
 def flame(updates: Stack, generator: torch.Generator, *, noise: float = 0.001) -> Decision:
     """Weigh admitted updates of L2 norm r by min(1, S / r) / admitted, S the median norm; add N(0, (noise S)^2)."""

@@ -8,9 +8,10 @@ the lowest score is chosen; a tie goes to the lowest index. No deviation.
 import torch
 from torch import Tensor
 
-from strategies.rule import Stack, count_byzantine, require_clients, uniform_weights, weight_rule
+from strategies.rule import Stack, claimable, count_byzantine, require_clients, uniform_weights, weight_rule
 
 
+@claimable
 @weight_rule
 def krum(updates: Stack, *, num_byzantine: int | float) -> Tensor:
     """Weigh the update of lowest score 1 and all others 0; needs n >= 2f + 3."""

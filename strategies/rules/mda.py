@@ -19,12 +19,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from strategies.rule import Stack, count_byzantine, require_clients, uniform_weights, weight_rule
+from strategies.rule import Stack, claimable, count_byzantine, require_clients, uniform_weights, weight_rule
 from tasks.errors import AggregationError
 
 MOST_BRANCHES = 100_000  # a few seconds
 
 
+@claimable
 @weight_rule
 def mda(updates: Stack, *, num_byzantine: int | float) -> Tensor:
     """Weigh the n - f updates of least diameter equally and all others 0; needs n >= 2f + 1."""

@@ -7,11 +7,12 @@ can lie about; here all weights are equal.
 
 from torch import Tensor
 
-from strategies.rule import Stack, uniform_weights, weight_rule
+from strategies.rule import Stack, claimable, uniform_weights, weight_rule
 
 LAWS_NOT_KEPT = {"bounded": "one client moves the mean as far as it likes"}
 
 
+@claimable
 @weight_rule
 def mean(updates: Stack) -> Tensor:
     """Weigh every client 1/n."""

@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from strategies.distances import squared_distances_to
-from strategies.rule import Stack, count_byzantine, require_clients, uniform_weights, weight_rule
+from strategies.rule import Stack, claimable, count_byzantine, require_clients, uniform_weights, weight_rule
 from tasks.errors import AggregationError
 
 LAW_ARGUMENTS = {"trusted": 0}
 LAWS_NOT_KEPT = {"bounded": "the trusted client may itself be the outlier, and then all is lost"}
 
 
+@claimable
 @weight_rule
 def monna(updates: Stack, clients: Sequence[int], *, num_byzantine: int | float, trusted: int) -> Tensor:
     """Weigh the n - f updates nearest to that of the client with the id `trusted` equally and all others 0."""

@@ -6,11 +6,12 @@ section 5 ("m-Krum"). Deviation: the paper leaves the number of updates m open; 
 
 from torch import Tensor
 
-from strategies.rule import Stack, count_byzantine, require_clients, uniform_weights, weight_rule
+from strategies.rule import Stack, claimable, count_byzantine, require_clients, uniform_weights, weight_rule
 from strategies.rules.krum import krum_scores
 from tasks.errors import AggregationError
 
 
+@claimable
 @weight_rule
 def multi_krum(updates: Stack, *, num_byzantine: int | float, num_selected: int | None = None) -> Tensor:
     """Weigh the `num_selected` (n - f) updates of lowest score equally and all others 0; needs n >= 2f + 3."""

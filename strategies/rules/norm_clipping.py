@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from strategies.rule import Stack, uniform_weights, weight_rule
+from strategies.rule import Stack, claimable, uniform_weights, weight_rule
 from tasks.errors import AggregationError, ConfigError
 
 LAWS_NOT_KEPT = {
@@ -22,6 +22,7 @@ LAWS_NOT_KEPT = {
 }
 
 
+@claimable
 @weight_rule
 def norm_clipping(
     updates: Stack, *, max_norm: float | None = None, adaptive: Literal["median", "mean"] = "median"

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from strategies.rule import Stack, count_byzantine, require_clients, uniform_weights, weight_rule
+from strategies.rule import Stack, claimable, count_byzantine, require_clients, uniform_weights, weight_rule
 from tasks.errors import AggregationError
 
 MOST_SETS = 250_000  # a few seconds
@@ -27,6 +27,7 @@ MOST_DIRECTIONS = 32
 SLACK = 1e-9  # relative error of eigenvalues and bounds, generously
 
 
+@claimable
 @weight_rule
 def smea(updates: Stack, *, num_byzantine: int | float) -> Tensor:
     """Weigh the n - f updates with the least largest eigenvalue of covariance equally; needs n >= 2f + 1."""

@@ -11,7 +11,7 @@ norms and once for the sum.
 
 import torch
 
-from strategies.rule import Decision, Stack, weight_rule
+from strategies.rule import Decision, Stack, claimable, weight_rule
 from strategies.rules.norm_clipping import clipped_weights
 from tasks.errors import ConfigError
 
@@ -25,6 +25,7 @@ LAWS_NOT_KEPT = {
 }
 
 
+@claimable
 @weight_rule
 def weak_dp(updates: Stack, generator: torch.Generator, *, max_norm: float, std: float) -> Decision:
     """Weigh an update of L2 norm r by min(1, max_norm / r) / n; add N(0, std^2) to every parameter of the sum."""

@@ -217,7 +217,7 @@ def test_a_real_run_replays(config):
     [
         {"rule": "fltrust()", "root_samples": 40},
         {"rule": "weak_dp(max_norm=1.0, std=0.01)", "client_weights": "claimed"},
-        {"rule": "centered_clipping()", "client_weights": "claimed"},
+        {"rule": "norm_clipping()", "mixing": "clip_norms(max_norm=0.5)", "client_weights": "claimed"},
         {"rule": "foolsgold()", "mixing": ""},
         {"rule": "geometric_median()", "mixing": "nearest_neighbours(num_byzantine=1) | bucketing(bucket_size=2)"},
         {"rule": "median()", "collusion": "min_max()", "malicious_clients": "1,2"},

@@ -85,11 +85,36 @@ def test_exposed_attackers_use_up_what_a_rule_assumes() -> None:
     assert torch.equal(krum.aggregate(UPDATES, context(), exposed=9).vector, none.vector)
 
 
-def test_claims_do_not_go_with_rules_that_do_not_weigh_or_that_trust_the_server() -> None:
+def test_claims_do_not_go_with_rules_that_they_would_undo() -> None:
     with pytest.raises(ConfigError, match="median does not"):
         Pipeline(resolve("rule", "median()")).check(claimed=True)
-    with pytest.raises(ConfigError, match="does not go with fltrust"):
-        Pipeline(resolve("rule", "fltrust()")).check(claimed=True)
+    for rule in ("fltrust()", "geometric_median()", "centered_clipping()", "foolsgold()"):
+        with pytest.raises(ConfigError, match=r"does not go with .*; it goes with .*multi_krum, norm_clipping"):
+            Pipeline(resolve("rule", rule)).check(claimed=True)
+    with pytest.raises(ConfigError, match=r"mixing bucketing.* it goes with arc, clip_norms"):
+        Pipeline(resolve("rule", "mean()"), resolve_chain("mixing", "bucketing(bucket_size=2)")).check(claimed=True)
+    with pytest.raises(ConfigError, match="does not go with geometric_median"):
+        Pipeline(resolve("rule", "geometric_median()")).aggregate(UPDATES, context(), [1.0] * 6)
+
+
+@pytest.mark.parametrize(
+    ("rule", "mixing"),
+    [
+        ("norm_clipping(max_norm=1.0)", ""),
+        ("weak_dp(max_norm=1.0, std=0.0)", ""),
+        ("mean()", "clip_norms(max_norm=1.0)"),
+    ],
+)
+def test_no_claim_undoes_a_clipping(rule: str, mixing: str) -> None:
+    """As federated averaging of shortened updates: the sum of claim / all claims times the update, shortened to 1."""
+    updates = torch.randn(6, 50, generator=generator(3), dtype=torch.float64)
+    updates[5] *= 1000
+    shortened = updates / updates.norm(dim=1, keepdim=True).clamp(min=1.0)
+    for claims in ([71.0] * 5 + [166.0], [71.0] * 5 + [1e9], [0.0] * 5 + [1.0]):
+        result = Pipeline(resolve("rule", rule), resolve_chain("mixing", mixing)).aggregate(updates, context(), claims)
+        shares = torch.tensor(claims, dtype=torch.float64) / sum(claims)
+        torch.testing.assert_close(result.vector.double(), shares @ shortened)
+        assert result.vector.norm() <= 1 + 1e-9
 
 
 def test_a_rule_that_looks_at_clients_cannot_follow_a_mixing() -> None:

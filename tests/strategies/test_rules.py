@@ -295,3 +295,17 @@ def test_laws_hold_for_views_and_many_blocks(name: str) -> None:
     wide = torch.randn(NUM_CLIENTS, 2 * 33_333, generator=generator(5, "wide"))[:, ::2]
     rule = rule_of(name)
     close(rule(Round.of(wide)), rule(Round.of(wide.contiguous())))
+
+
+CLAIMABLE = [name for name in spec.names("rule") if getattr(spec.find("rule", name), "takes_claims", False)]
+
+
+@pytest.mark.parametrize("name", CLAIMABLE)
+def test_rules_that_take_claims_give_equal_weights_to_those_they_admit(name: str) -> None:
+    """Then claims in units of their mean over these make a weighted mean, and no claim outweighs a rule's doubts."""
+    updates = torch.nn.functional.normalize(torch.randn(NUM_CLIENTS, NUM_PARAMS, generator=generator(4)), dim=1)
+    rule = spec.Component(name, spec.find("rule", name), arguments_of(name))
+    offered = supply(rule, RoundContext(clients=range(NUM_CLIENTS)), updates)
+    weights = rule.function.decide(updates, *offered, **rule.arguments).weights  # type: ignore[attr-defined]
+    admitted = weights[weights > 0]
+    torch.testing.assert_close(admitted, torch.full_like(admitted, 1 / len(admitted)))
