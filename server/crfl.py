@@ -160,6 +160,7 @@ def training_record(
         optimizer=config.optimizer,
         collusion=config.collusion,
         dtype="float32",
+        max_update_norm=config.max_update_norm,
         server_lr=config.server_lr,
         server_optimizer="none" if config.component("optimizer").name == "step" else config.optimizer,
         momentum=float(training["momentum"]),

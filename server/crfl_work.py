@@ -107,16 +107,23 @@ def several_rounds(attacked: Sequence[int]) -> str:
 
 @functools.lru_cache(maxsize=8)
 def data_norm(config: RunConfig) -> float:
-    """Return the l2 norm of the longest training input, as it is or triggered, as the model sees it, rounded up."""
-    task, triggered = load(config), read_attack(config.attack).triggered
+    """Return a bound of the l2 norm of every training input, clean or poisoned, as the model sees it, rounded up.
+
+    Attackers stamp any part of any trigger of the chain, a local one or several. Stamps replace values, or add to them
+    and clamp, so that every value stays between the least and the greatest that it has with and without each.
+    """
+    task = load(config)
+    parts = [read_attack(str(part)).triggered for part in config.chain("attack")]
     normalise = getattr(task.build_model(), "normalise", torch.nn.Identity())
     longest = 0.0
     indices = torch.arange(len(task.dataset.train_labels))
     for inputs, labels in task.dataset.batches("train", indices, 1000):
-        seen = [inputs] if triggered is None else [inputs, triggered(inputs, labels, task.dataset.num_classes)[0]]
-        for each in seen:
-            rows = normalise(each).reshape(len(each), -1)
-            longest = max(longest, float(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).max()))
+        low = high = inputs
+        for triggered in (part for part in parts if part is not None):
+            low = torch.minimum(low, triggered(low, labels, task.dataset.num_classes)[0])
+            high = torch.maximum(high, triggered(high, labels, task.dataset.num_classes)[0])
+        rows = torch.maximum(normalise(low).abs(), normalise(high).abs()).reshape(len(inputs), -1)
+        longest = max(longest, float(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).max()))
     return longest * UP
 
 

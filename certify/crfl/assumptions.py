@@ -78,7 +78,24 @@ def _federation(record: TrainingRecord, after: tuple[RoundWork, ...]) -> list[As
         _told("full_participation", present == record.num_clients, f"{present} of {record.num_clients} clients"),
         _told("fixed_weights", fixed, f"rule {record.rule}{heuristic}"),
         _told("server_step", plain, f"optimiser {record.server_optimizer}, weights sum to {weight:g} at most"),
+        _update_limit(record, after),
     ]
+
+
+def _update_limit(record: TrainingRecord, after: tuple[RoundWork, ...]) -> Assumption:
+    """Hold the norm beyond which updates are dropped against the longest update that there can be in either world."""
+    limit, name = record.max_update_norm, "update_limit"
+    if limit is None:
+        return _told(name, None, "no update was dropped for its norm, nor would one be in the other world")
+    rate = max(rate for work in after for rate in work.learning_rates)
+    steps = max(len(work.batch_sizes) for work in record.work)
+    scale = max(1.0, *(work.scale for work in record.attacking))
+    if record.weight_decay > 0:
+        return _told(name, None, f"no update is dropped for a norm beyond {limit:g}; with weight decay none is bounded")
+    longest = 2 * record.data_norm_bound  # a changed sample may be longer than those that were found
+    reach = scale * steps * rate * gradient_norm_upper(longest, record.bias) * (1 + 1e-3)
+    detail = f"updates on samples of norm {longest:g} reach {reach:g} at most, those beyond {limit:g} are dropped"
+    return _told(name, reach <= limit, detail)
 
 
 def _data(record: TrainingRecord, statement: Statement, replaced: bool) -> list[Assumption]:

@@ -209,8 +209,9 @@ def client_radius(
     record: TrainingRecord, shift: Floats, start_norm: float, change_norm: float | None, any_training: bool = False,
     should_stop: Callable[[], bool] | None = None,
 ) -> NDArray[np.int64]:  # fmt: skip
-    """Return the largest number of attackers per point, whichever clients they are, armed like the recorded ones.
+    """Return of how many clients the data may differ per point, whichever they are, armed like the recorded attackers.
 
+    A recorded attacker whose data would be others counts as well: he is one of those whose data differ.
     In the other world they scale as any recorded attacker does, everybody else does not scale; who was recorded with
     another scale is charged for the difference. Nothing is certified where the recorded attackers poison nothing.
     """

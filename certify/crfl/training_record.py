@@ -120,6 +120,7 @@ class TrainingRecord:
     mixing: str | None = None
     collusion: str | None = None
     dtype: str | None = None  # of the released model, such as "float32"
+    max_update_norm: float | None = None  # an update whose l2 norm is beyond it is dropped; None: not recorded
     clip_error: float = CLIP_ERROR  # of the clip that was run, relative to its norm; 0: exact
 
     def __post_init__(self) -> None:
@@ -129,7 +130,7 @@ class TrainingRecord:
         for name in ("smoothing_sigma", "data_norm_bound", "momentum", "weight_decay", "clip_error"):
             value = getattr(self, name)
             _want(_number(value) and value >= 0, f"{name} must be 0 or more", value)
-        for name in ("data_norm_found", "start_norm", "gradient_clip"):
+        for name in ("data_norm_found", "start_norm", "gradient_clip", "max_update_norm"):
             value = getattr(self, name)
             _want(value is None or (_number(value) and value >= 0), f"{name} must be None or 0 or more", value)
         for name in ("bias", "label_flips", "same_batches", "counterpart_scaled"):

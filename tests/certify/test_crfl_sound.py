@@ -438,6 +438,7 @@ BROKEN: dict[str, Callable[[TrainingRecord], TrainingRecord]] = {
     "full_participation": partial,
     "step_size": fast,
     "same_batches": lambda r: replace(r, same_batches=False),
+    "update_limit": lambda r: replace(r, max_update_norm=1e-3),
     "start_norm": lambda r: replace(r, start_norm=None),
     "data_norm": lambda r: replace(r, data_norm_found=r.data_norm_bound * 1.01),
     "smoothing_noise": lambda r: replace(r, smoothing_sigma=0.0),

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from certify.cli import app as certify_app
 from certify.crfl.training_record import TrainingRecord
 from client.attack import read_attack
-from client.trainer import LocalJob, honest
+from client.trainer import LocalJob, LocalResult, honest
 from hawthorn.engines import in_process
 from server.crfl import model_file, network_of, read_training_record, training_record
 from server.crfl_work import batch_sizes, data_norm, read_poison, training_of
@@ -242,6 +242,34 @@ def test_the_norm_of_the_data_is_what_the_model_sees(crfl):
     plain = data_norm(crfl)
     halved = data_norm(crfl.replace(model="logistic_regression(mean=(0.0,), std=(2.0,))"))
     assert halved == pytest.approx(plain / 2)
+
+
+PATCH = "patch_backdoor(value=0.5, size=(4, 4), grid=(2, 2), gap=0, per_batch=1.0)"
+ALL = ATTACK.replace("per_batch=5", "per_batch=1.0")
+
+
+@pytest.mark.parametrize("chain", [PATCH, f"label_flip() | {PATCH}", f"{ALL} | {PATCH}", f"{PATCH} | {ALL}"])
+def test_no_poisoned_sample_is_longer_than_recorded(crfl, chain):
+    """An attacker stamps a part of his own, the test the whole trigger; a chain stamps several on one sample."""
+    config = crfl.replace(malicious_clients="0-3", attack=chain)
+    bound, task, lengths = data_norm(config), load(config), []
+    everything, vector = torch.arange(len(task.dataset.train_labels)), task.initial_vector()
+
+    def look(job):
+        inputs, labels = job.dataset.batch("train", everything)
+        for transform in job.batch_transforms:
+            inputs, labels = transform(inputs, labels, torch.Generator(), job)
+        lengths.append(float(inputs.flatten(1).double().norm(dim=1).max()))
+        return LocalResult(vector, 1, 0.0)
+
+    for rank in range(4):
+        model = task.build_model()
+        job = LocalJob(
+            task.dataset, everything, model, task.layout, vector, vector, rank, 1, 1, rank=rank, num_attackers=4
+        )
+        read_attack(chain)(look)(job)
+    assert max(lengths) <= bound
+    assert max(lengths) > float(task.dataset.batch("train", everything)[0].flatten(1).norm(dim=1).max())
 
 
 @pytest.mark.parametrize("certificate", ["paper", "sound"])
