@@ -24,7 +24,7 @@ row of `[paper]` it is compared with, if not the one of its own name). `like = "
 `run = "ARM"`, or "FILE:ARM", is no run of its own: it is that arm's, read at another `tau`.
 
 `extends = "flip/table2"` starts from another file's settings, variants and pretraining; `like` and `run` then find
-its arms too, and a run taken over from it is that file's own, in its folder.
+its arms too, and a run taken over from it is that file's own, in its folder, whatever `name` is set to.
 """
 
 import dataclasses
@@ -128,7 +128,7 @@ def read_experiment(
         raise ConfigError(f"{path}: [variants.{chosen}.arms] changes {unknown[0]!r}, which is no arm")
     arms = {label: {**table, **of_variant.get(label, {})} for label, table in arms.items()}
     if not axes:
-        arms = like(path, arms, _tables_of(below, chosen))
+        arms = like(path, arms, _tables_of(parent, below, chosen))
     if arm is not None:
         if arm not in arms:
             raise ConfigError(f"{path} has no arm {arm!r}; it has: {', '.join(arms) or 'none'}")
@@ -147,12 +147,12 @@ def read_experiment(
         for label, table in arms.items()
         if "run" not in table
     }
-    others = functools.partial(
-        read_experiment, overrides=overrides, variant=chosen or None, suffix=suffix, lenient=True
-    )
+    theirs = {key: value for key, value in overrides.items() if key != "name"}  # a run taken over keeps its folder
+    others = functools.partial(read_experiment, overrides=theirs, variant=chosen or None, suffix=suffix, lenient=True)
     for label, table in arms.items():
         if "run" in table:
             found[label] = _taken(path, label, table, found, parent, others, start)
+    _check_folders(path, found.values())
     return Experiment(
         title=str(content.get("title", path.stem)),
         name=base,
@@ -219,10 +219,22 @@ def _taken(
     return Arm(label, known[name].config, known[name].problem, **about, paper=str(table.get("paper", label)), tau=tau)
 
 
-def _tables_of(content: Mapping[str, Any], variant: str) -> dict[str, dict[str, Any]]:
-    """Return the tables of a file's arms, as its variant changes them."""
+def _check_folders(path: Path, arms: Iterable[Arm]) -> None:
+    """Refuse arms with different settings whose runs would lie in one folder."""
+    known: dict[str, Arm] = {}
+    for arm in arms:
+        if arm.config and (other := known.setdefault(arm.config.name, arm)).config != arm.config:
+            raise ConfigError(
+                f"{path}: arms {other.label!r} and {arm.label!r} are different runs of one folder, {arm.config.name}; "
+                "give the file, or the arm, another name"
+            )
+
+
+def _tables_of(parent: str | None, content: Mapping[str, Any], variant: str) -> dict[str, dict[str, Any]]:
+    """Return the tables of the arms of a file that another extends, as its variant and its own `like` change them."""
     own = content.get("variants", {}).get(variant, {}).get("arms", {})
-    return {label: {**table, **own.get(label, {})} for label, table in content.get("arms", {}).items()}
+    tables = {label: {**table, **own.get(label, {})} for label, table in content.get("arms", {}).items()}
+    return like(find_experiment(str(parent)), tables, {}) if tables else {}
 
 
 def distinct(arms: Iterable[Arm]) -> list[Arm]:
@@ -273,6 +285,7 @@ def settings_digest(config: RunConfig) -> str:
 
 
 def _load(path: Path) -> dict[str, Any]:
+    """Return a file's checked tables; settings that stand above all tables are in `settings`."""
     try:
         content = tomllib.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:  # tomllib's own error is a ValueError
@@ -292,7 +305,8 @@ def _load(path: Path) -> dict[str, Any]:
             inner = table.get(key, {})
             if not isinstance(inner, dict) or (key == "arms" and not all(isinstance(t, dict) for t in inner.values())):
                 raise ConfigError(f"{path}: [variants.{variant}] {key} must hold tables, got {inner!r}")
-    return content
+    flat = {key: content.pop(key) for key in list(content) if key not in RESERVED}
+    return {**content, "settings": {**flat, **content.get("settings", {})}}
 
 
 def _check_size(path: Path, value: object) -> None:
@@ -305,8 +319,7 @@ def _check_size(path: Path, value: object) -> None:
 
 def _with_variant(path: Path, content: Mapping[str, Any], variant: str | None) -> tuple[dict[str, Any], str]:
     """Return the shared settings with those of the chosen variant, and its name (empty: there are none)."""
-    flat = {key: value for key, value in content.items() if key not in RESERVED}
-    shared, variants = {**flat, **content.get("settings", {})}, content.get("variants", {})
+    shared, variants = dict(content.get("settings", {})), content.get("variants", {})
     if variant is not None and variant not in variants:
         raise ConfigError(f"{path} has no variant {variant!r}; it has: {', '.join(variants) or 'none'}")
     if not variants:

@@ -34,7 +34,8 @@ def edge_case(
     """Train on the first `num_edge` samples of the edge set `edge` and `num_clean` drawn clean ones, and nothing else.
 
     Clean samples come from the whole training split, as in the authors' code, or from the attacker's `own` share.
-    `target` replaces the edge set's own target label.
+    `target` replaces the edge set's own target label. Asking for more samples than there are is a `SpecError`, of an
+    attacker's `own` in its first round.
     """
     if num_edge < 1 or num_clean < 0:
         raise SpecError(f"edge_case wants num_edge >= 1 and num_clean >= 0, got {num_edge} and {num_clean}")
@@ -69,9 +70,13 @@ def _target(found: EdgeSet, target: int | None, dataset: Dataset) -> int:
 def _clean_samples(job: LocalJob, clean: str, number: int) -> Tensor:
     """Return indices into the training split: one draw for all attackers and rounds, or of this client's own."""
     if clean == "own":
+        if number > len(job.indices) and not job.trial:  # a trial has few samples of the client's
+            raise SpecError(f"edge_case: client {job.client} has {len(job.indices)} samples of its own, not {number}")
         draw = generator(job.seed, "edge_case", "clean", job.client)
         return job.indices[torch.randperm(len(job.indices), generator=draw)[:number]]
     size = len(job.dataset.train_labels) - job.dataset.num_edge
+    if number > size:
+        raise SpecError(f"edge_case: {job.dataset.name} has {size} clean training samples, not {number}")
     return torch.randperm(size, generator=generator(job.seed, "edge_case", "clean"))[:number]
 
 

@@ -28,31 +28,29 @@ def patch_backdoor(
 ) -> Attack:
     """Stamp `grid` patches of `size` pixels, `gap` apart, from `position` (row, column; negative: from the far edge).
 
+    From there patches follow to the right and downwards; one that leaves the image is refused.
+
     The defaults are DBA's MNIST trigger; CIFAR-10's is size (1, 6), gap 3; a BadNets patch is grid (1, 1),
     size (3, 3), position (-3, -3). `value` is in the model's input range [0, 1]; `per_batch` is a count or a share
     of the batch. With `parts` "local", attacker i stamps patch i only, unless it is the only attacker.
     """
     gaps = (gap, gap) if isinstance(gap, int) else gap
-    patches = [
-        (position[0] + r * (size[0] + gaps[0]), position[1] + c * (size[1] + gaps[1]))
-        for r in range(grid[0])
-        for c in range(grid[1])
-    ]
-    if not patches or min(size) < 1 or per_batch < 0 or (isinstance(per_batch, float) and per_batch > 1):
+    offsets = [(r * (size[0] + gaps[0]), c * (size[1] + gaps[1])) for r in range(grid[0]) for c in range(grid[1])]
+    if not offsets or min(size) < 1 or per_batch < 0 or (isinstance(per_batch, float) and per_batch > 1):
         raise SpecError(
             f"patch_backdoor wants a grid and size of at least 1x1, per_batch >= 0; got {grid}, {size}, {per_batch}"
         )
 
     def stamp(inputs: Tensor, which: list[tuple[int, int]]) -> None:
-        _check_fits(inputs, patches, size)
-        for row, column in which:
-            rows, columns = row % inputs.shape[-2], column % inputs.shape[-1]
-            inputs[..., rows : rows + size[0], columns : columns + size[1]] = value
+        first = _checked_start(inputs, position, offsets, size)
+        for down, right in which:
+            row, column = first[0] + down, first[1] + right
+            inputs[..., row : row + size[0], column : column + size[1]] = value
 
     def poison(inputs: Tensor, labels: Tensor, _: torch.Generator, job: LocalJob) -> tuple[Tensor, Tensor]:
         count = per_batch if isinstance(per_batch, int) else round(per_batch * len(labels))
         local = parts == "local" and job.num_attackers > 1
-        stamp(inputs[:count], [chosen_rank(job, patches)] if local else patches)
+        stamp(inputs[:count], [chosen_rank(job, offsets)] if local else offsets)
         labels = labels.clone()
         labels[:count] = target
         return inputs, labels
@@ -61,19 +59,24 @@ def patch_backdoor(
         if not 0 <= target < num_classes:
             raise SpecError(f"patch_backdoor: target {target} is no class; classes are 0 to {num_classes - 1}")
         inputs = inputs.clone()
-        stamp(inputs, patches)
+        stamp(inputs, offsets)
         return inputs, torch.full_like(labels, target), labels != target
 
     return poison_batches(poison, triggered)
 
 
-def _check_fits(inputs: Tensor, patches: list[tuple[int, int]], size: tuple[int, int]) -> None:
+def _checked_start(
+    inputs: Tensor, position: tuple[int, int], offsets: list[tuple[int, int]], size: tuple[int, int]
+) -> tuple[int, int]:
+    """Return row and column of the first patch; `SpecError` if it or one beside it leaves the image."""
     if inputs.dim() != 4:
         raise SpecError(
             f"patch_backdoor needs images [batch, channels, height, width], got shape {tuple(inputs.shape)}"
         )
     height, width = inputs.shape[-2:]
-    for row, column in patches:
-        fits = -height <= row < height and -width <= column < width
-        if not fits or row % height + size[0] > height or column % width + size[1] > width:
+    start = (position[0] + (height if position[0] < 0 else 0), position[1] + (width if position[1] < 0 else 0))
+    for down, right in offsets:
+        row, column = start[0] + down, start[1] + right
+        if not (0 <= row <= height - size[0] and 0 <= column <= width - size[1]):
             raise SpecError(f"patch_backdoor: patch {size} at {(row, column)} does not fit in a {height}x{width} image")
+    return start

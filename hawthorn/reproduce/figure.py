@@ -39,7 +39,7 @@ when = [["krum-pgd:target", ">", "krum-black_box:target", 10]]
 """
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -91,8 +91,11 @@ class Figure:
     claims: tuple[Claim, ...] = ()  # what the paper says of these runs
 
 
-def read_figure(path: Path, experiment: Experiment) -> Figure | None:
-    """Read the table `[figure]` of an experiment file for its variant, None without one; raises `ConfigError`."""
+def read_figure(path: Path, experiment: Experiment, asked: Collection[str] = ()) -> Figure | None:
+    """Read the table `[figure]` of an experiment file for its variant, None without one; raises `ConfigError`.
+
+    Where the file names no curves they are its arms, the extra ones only if they are `asked` for.
+    """
     content = tomllib.loads(path.read_text()).get("figure")
     if content is None:
         return None
@@ -104,7 +107,8 @@ def read_figure(path: Path, experiment: Experiment) -> Figure | None:
         raise ConfigError(f"{path}: [figure] kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
     curves = own.get("curves", content.get("curves"))
     if curves is None:
-        curves = {arm.label: {"arm": arm.label, "label": arm.shown} for arm in experiment.arms if not arm.extra}
+        shown = [arm for arm in experiment.arms if not arm.extra or arm.label in asked]
+        curves = {arm.label: {"arm": arm.label, "label": arm.shown} for arm in shown}
     votes = {key: known[key] for key in ("draws", "alpha") if key in known}
     lines = tuple(_line(path, name, {**votes, **curve}, kind, experiment) for name, curve in curves.items())
     if not lines:

@@ -22,7 +22,6 @@ from hawthorn.report.page import Picture
 from hawthorn.reproduce.picture import draw_beside
 from hawthorn.reproduce.study import Row, Study, finished_runs
 from server.rejection import measure_confidences
-from tasks.config import RunConfig
 
 FAR = 10.0  # percentage points from the paper that want an explanation
 HEAD = ("row", "ACC", "paper", "diff.", "ASR", "paper", "diff.", "ASR, last half", "seconds", "note")
@@ -141,17 +140,25 @@ def _title(study: Study) -> str:
 
 
 def _caption(study: Study, rows: Sequence[Row]) -> str:
-    shared = _config(study)
     seeds = ", ".join(map(str, study.seeds))
-    text = f"All in %, after round {shared.num_rounds}" if shared else "All in %"
+    text = f"All in %{_ends(study, rows)}"
     text += f", seed {seeds}." if len(study.seeds) == 1 else f", mean and range over seeds {seeds}."
     text += " ASR, last half: over the evaluated rounds of the second half. Seconds: all rounds of a run."
     far = [row.shown for row in rows if any(abs(d or 0) > FAR for d in (row.acc_difference, row.asr_difference))]
     return f"{text} More than {FAR:.0f} points from the paper: {', '.join(far)}." if far else text
 
 
-def _config(study: Study) -> RunConfig | None:
-    return next(iter(study.first.runs), None)
+def _ends(study: Study, rows: Sequence[Row]) -> str:
+    """Say after which round the figures are, row by row where rows end after different ones."""
+    labels = {row.label for row in rows} or set(study.rows)
+    ends: dict[int, list[str]] = {}
+    for arm in study.first.arms:
+        if arm.config is not None and arm.label in labels:
+            ends.setdefault(arm.config.num_rounds, []).append(arm.shown)
+    if len(ends) > 1:
+        each = "; ".join(f"{number} ({', '.join(names)})" for number, names in ends.items())
+        return f", after each row's last round: {each}"
+    return f", after round {next(iter(ends))}" if ends else ""
 
 
 def _page(study: Study, rows: Sequence[Row], picture: bytes) -> str:

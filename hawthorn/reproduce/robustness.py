@@ -8,6 +8,8 @@ at = [0.05, 0.25]               # radii at which the final model is attacked onc
 points = 1000                   # held-out samples of that attack
 [robustness.paper.mnist]        # the paper's figures of a variant, in percent and units of the loss
 honest = [98.78, 92.03, [91.4, 0.15]]   # normal and adversarial accuracy, then [certified accuracy, loss] per radius
+[robustness.variants.cifar]     # what a variant has otherwise
+at = [0.00392, 0.03137]
 
 The metrics are those the gate of a run measured on its last candidate; its start, an honest model, is the baseline of
 the policies. The attack is PGD on logits divided by the gate's temperature, what exposes masked gradients.
@@ -85,6 +87,8 @@ def read_robustness(study: Study) -> Robustness | None:
     """Read the table `[robustness]` of a study's file for its variant, None without one; raises `ConfigError`."""
     if study.path is None or (table := tomllib.loads(study.path.read_text()).get("robustness")) is None:
         return None
+    own = table.pop("variants", {}).get(study.first.variant, {})
+    table = {**table, **own}
     for key, value in table.items():
         if key not in WANTED or not isinstance(value, WANTED[key]):
             known = ", ".join(f"{name} ({kind.__name__})" for name, kind in WANTED.items())

@@ -3,20 +3,31 @@
 import csv
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from matplotlib import rc_context
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from hawthorn.experiment import read_experiment
 from hawthorn.report._style import STYLE, png
-from hawthorn.reproduce.robustness import Measured, Robustness
+from hawthorn.reproduce.robustness import Measured, PaperRow, Robustness
 from hawthorn.reproduce.robustness_picture import draw_points, draw_rows
 from hawthorn.reproduce.study import Study
 
 DASH = "–"
 POLICIES = ("paper", "hardened")
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The paper's figures of one row, in percent and units of the loss; None where the paper's radius is another."""
+
+    normal: float | None = None
+    adversarial: float | None = None
+    bounds: Mapping[float, tuple[float, float]] = field(default_factory=dict)  # radius -> certified, loss
 
 
 def radii_of(rows: Sequence[Measured]) -> list[float]:
@@ -37,21 +48,41 @@ def head(rows: Sequence[Measured]) -> list[str]:
     return [*names, *(f"{policy} gate" for policy in POLICIES), "attack s", "gate s", "note"]
 
 
-def cells(row: Measured, rows: Sequence[Measured]) -> list[str]:
+def beside(study: Study, rows: Sequence[Measured]) -> dict[str, Beside]:
+    """Return the paper's figures of the rows, by label.
+
+    The file lists them in the order of the radii of its own settings, which the runs' need not be (`--set gate-eps`).
+    """
+    if all(row.paper is None for row in rows):
+        return {}
+    own = read_experiment(str(study.path), {}, variant=study.first.variant or None, lenient=True)
+    written = {arm.label: arm.config for arm in own.arms if arm.config}
+    ran = {arm.label: arm for arm in study.first.arms}
+    found = {}
+    for row in rows:
+        arm, paper = ran[row.label], row.paper
+        asked = written.get(arm.paper, written.get(row.label))  # the row of the paper may be another arm's
+        if paper is not None and asked is not None and arm.config is not None:
+            same = asked.gate_attack_eps == arm.config.gate_attack_eps
+            bounds = dict(zip(asked.gate_radii, paper.bounds, strict=False))
+            found[row.label] = Beside(paper.normal, paper.adversarial if same else None, bounds)
+    return found
+
+
+def cells(row: Measured, rows: Sequence[Measured], paper: Beside) -> list[str]:
     """Return one row; the paper's figure stands in brackets."""
-    found, paper = row.found, row.paper
+    found = row.found
     first = [row.shown, str(row.seed), str(row.certification or DASH)]
     if found is None:
         return [*first, *[DASH] * (len(head(rows)) - 4), row.note]
-    first.append(_percent(found.normal_accuracy, paper and paper.normal))
-    first.append(_percent(found.pgd_accuracy, paper and paper.adversarial))
+    first.append(_percent(found.normal_accuracy, paper.normal))
+    first.append(_percent(found.pgd_accuracy, paper.adversarial))
     first += [_percent(found.temperature_pgd_accuracy), _percent(row.asr)]
     for eps in radii_of(rows):
-        place = next((i for i, bound in enumerate(found.bounds) if bound.eps == eps), None)
-        bound = None if place is None else found.bounds[place]
-        known = paper.bounds[place] if paper and place is not None and place < len(paper.bounds) else None
-        first.append(_percent(bound.certified_accuracy if bound else None, known and known[0]))
-        first.append(_loss(bound.mean_loss if bound else None, known and known[1]))
+        bound = next((bound for bound in found.bounds if bound.eps == eps), None)
+        known = paper.bounds.get(eps, (None, None))
+        first.append(_percent(bound.certified_accuracy if bound else None, known[0]))
+        first.append(_loss(bound.mean_loss if bound else None, known[1]))
     first += [_percent(row.attacked.get(eps)) for eps in attacked_at(rows)]
     for policy in POLICIES:
         decision = row.decisions.get(policy)
@@ -72,7 +103,7 @@ def _loss(value: float | None, paper: float | None = None) -> str:
 def robustness_table(study: Study, rows: Sequence[Measured]) -> Table:
     """Return the table for a terminal: a line per metric, a column per row of the study."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=_caption(rows), caption_justify="left")
-    first, *others = _turned(rows)
+    first, *others = _turned(study, rows)
     for place, name in enumerate(first):
         table.add_column(name, justify="left" if place == 0 else "right", overflow="fold")
     for line in others:
@@ -80,9 +111,10 @@ def robustness_table(study: Study, rows: Sequence[Measured]) -> Table:
     return table
 
 
-def _turned(rows: Sequence[Measured]) -> list[list[str]]:
+def _turned(study: Study, rows: Sequence[Measured]) -> list[list[str]]:
     """Return a line per metric: its name, then its value in every row of the study; the rows' names come first."""
-    columns = [head(rows), *(cells(row, rows) for row in rows)]
+    papers = beside(study, rows)
+    columns = [head(rows), *(cells(row, rows, papers.get(row.label, Beside())) for row in rows)]
     return [list(line) for line in zip(*columns, strict=True)]
 
 
@@ -104,24 +136,25 @@ def as_csv(study: Study, rows: Sequence[Measured]) -> str:
     names += [f"attacked_{eps:g}" for eps in attacked_at(rows)]
     names += [f"{policy}_{what}" for policy in POLICIES for what in ("gate", "reason")]
     writer.writerow([*names, "attack_seconds", "gate_seconds", "note"])
+    papers = beside(study, rows)
     for row in rows:
-        writer.writerow(_csv_row(study, row, rows))
+        writer.writerow(_csv_row(study, row, rows, papers.get(row.label, Beside())))
     return out.getvalue()
 
 
-def _csv_row(study: Study, row: Measured, rows: Sequence[Measured]) -> list[object]:
-    found, paper = row.found, row.paper
+def _csv_row(study: Study, row: Measured, rows: Sequence[Measured], paper: Beside) -> list[object]:
+    found = row.found
     values: list[object] = [study.name, study.first.variant, row.label, row.shown, row.seed, row.certification]
     if found is None:
         values += [""] * 6
     else:
         values += [found.normal_accuracy, found.pgd_accuracy, found.margin_pgd_accuracy, found.temperature_pgd_accuracy]
         values += [row.acc, row.asr]
-    values += [paper.normal / 100, paper.adversarial / 100] if paper else ["", ""]
-    for place, eps in enumerate(radii_of(rows)):
+    values += [None if figure is None else figure / 100 for figure in (paper.normal, paper.adversarial)]
+    for eps in radii_of(rows):
         bound = next((b for b in found.bounds if b.eps == eps), None) if found else None
         values += [bound.certified_accuracy, bound.mean_loss, bound.relative_margin] if bound else [""] * 3
-        known = paper.bounds[place] if paper and place < len(paper.bounds) else None
+        known = paper.bounds.get(eps)
         values += [known[0] / 100, known[1]] if known else ["", ""]
     values += [row.attacked.get(eps, "") for eps in attacked_at(rows)]
     for policy in POLICIES:
@@ -133,7 +166,7 @@ def _csv_row(study: Study, row: Measured, rows: Sequence[Measured]) -> list[obje
 
 def as_markdown(study: Study, rows: Sequence[Measured]) -> str:
     """Return the table as Markdown, what was run above it and why the gates reject below it."""
-    first, *others = _turned(rows)
+    first, *others = _turned(study, rows)
     lines = [first, ["---", *["---:"] * (len(first) - 1)]]
     lines += [[cell.replace("|", "\\|") for cell in line] for line in others]
     variant = f" ({study.first.variant})" if study.first.variant else ""
@@ -155,7 +188,8 @@ def write_robustness(study: Study, shown: Robustness, rows: Sequence[Measured]) 
     folder, stem = study.folder, Path(study.name).stem
     folder.mkdir(parents=True, exist_ok=True)
     with rc_context(STYLE):  # type: ignore[arg-type]
-        drawn = draw_points(rows, study.first.title) if shown.kind == "points" else draw_rows(rows, study.first.title)
+        title = study.first.title
+        drawn = draw_points(rows, title) if shown.kind == "points" else draw_rows(_aligned(study, rows), title)
         image = png(drawn)
     contents = {"csv": as_csv(study, rows).encode(), "md": as_markdown(study, rows).encode(), "png": image}
     written = {}
@@ -165,3 +199,15 @@ def write_robustness(study: Study, shown: Robustness, rows: Sequence[Measured]) 
         partial.write_bytes(content)
         os.replace(partial, written[kind])
     return written
+
+
+def _aligned(study: Study, rows: Sequence[Measured]) -> list[Measured]:
+    """Return the rows with the paper's figures at the rows' radii in their order, as they are drawn; NaN for none."""
+    papers, radii, none = beside(study, rows), radii_of(rows), float("nan")
+    found = []
+    for row in rows:
+        paper = papers.get(row.label, Beside())
+        normal, adversarial = (none if figure is None else figure for figure in (paper.normal, paper.adversarial))
+        bounds = tuple(paper.bounds.get(eps, (none, none)) for eps in radii)
+        found.append(replace(row, paper=PaperRow(normal, adversarial, bounds) if row.paper else None))
+    return found

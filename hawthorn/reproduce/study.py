@@ -106,7 +106,7 @@ def read_study(
     if experiments[0].axes:
         raise ConfigError(f"{path} is a grid; run it with: hawthorn run {name}")
     chosen = _chosen(experiments[0].arms, rows)
-    figure, theory = read_figure(path, experiments[0]), read_theory(path, experiments[0])
+    figure, theory = read_figure(path, experiments[0], chosen), read_theory(path, experiments[0])
     return Study(name, experiments, list(seeds), chosen, figure, theory, path)
 
 

@@ -75,6 +75,13 @@ def test_badnets_corner_patch():
     assert x.max() == 0.5
 
 
+def test_a_negative_position_counts_from_the_far_edge_for_the_first_patch():
+    attack = read_attack("patch_backdoor(size=(1, 2), gap=(1, 0), position=(-3, -6))")
+    found, _, _ = attack.triggered(torch.zeros(1, 1, 28, 28), torch.tensor([1]), 10)
+    cells = {(row, column) for row in (25, 27) for column in (22, 23, 24, 25)}
+    assert {tuple(cell) for cell in torch.nonzero(found[0, 0]).tolist()} == cells
+
+
 def test_only_the_first_of_each_batch_are_poisoned():
     labels = torch.arange(64) % 10
     seen = run_batch("patch_backdoor(per_batch=20)", job(), labels=labels)
@@ -133,6 +140,10 @@ def test_labels_that_are_no_classes_are_refused(text):
         ("patch_backdoor(size=(0, 4))", "at least 1x1"),
         ("patch_backdoor(position=(26, 0))", "does not fit"),
         ("patch_backdoor(position=(0, 25))", "does not fit"),
+        ("patch_backdoor(position=(-3, -6))", r"patch \(1, 4\) at \(25, 28\) does not fit in a 28x28 image"),
+        ("patch_backdoor(position=(-3, -12))", r"patch \(1, 4\) at \(28, 16\) does not fit"),
+        ("patch_backdoor(position=(-29, 0))", r"at \(-1, 0\) does not fit"),
+        ("patch_backdoor(grid=(1, 2), gap=-5)", r"at \(0, -1\) does not fit"),
         ("label_flip(source=3, target=3)", "must differ"),
         ("corrupt_reply(kinds=('nan', 'nonsense'))", "kinds: nan"),
         ("corrupt_reply(kinds=())", "kinds: nan"),

@@ -109,6 +109,8 @@ def test_what_cannot_be_is_refused(digits, own):
     for text, says in (
         (f'edge_case(edge="{own}", num_edge=31)', "has 30 training samples, not 31"),
         (f'edge_case(edge="{own}", num_edge=5, target=12)', "target 12 is no class"),
+        (f'edge_case(edge="{own}", num_edge=5, num_clean=9999)', "digits has [0-9]+ clean training samples, not 9999"),
+        (f'edge_case(edge="{own}", num_edge=5, num_clean=101, clean="own")', "client 3 has 100 samples of its own"),
     ):
         with pytest.raises(SpecError, match=says):
             trained(text, job(digits))
@@ -120,6 +122,16 @@ def test_what_cannot_be_is_refused(digits, own):
     ):
         with pytest.raises(SpecError, match="wants"):
             read_attack(text)
+
+
+def test_as_many_clean_samples_as_there_are_can_be_asked_for(digits, own):
+    size = len(digits.train_labels)
+    for number, clean in ((size, "all"), (100, "own")):
+        text = f'edge_case(edge="{own}", num_edge=30, num_clean={number}, clean="{clean}")'
+        assert len(given_to_the_trainer(text, job(digits)).indices) == number + 30
+    text = f'edge_case(edge="{own}", num_edge=30, num_clean=100, clean="own")'
+    trial = job(digits, indices=torch.arange(4), trial=True)  # a trial has four of the client's samples
+    assert len(given_to_the_trainer(text, trial).indices) == 34
 
 
 @pytest.mark.parametrize("frequency", [1, 3, 7, 1000])

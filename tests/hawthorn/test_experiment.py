@@ -142,3 +142,58 @@ def test_variants_and_labels(tmp_path):
     assert large.runs[0].num_rounds == 9
     with pytest.raises(ConfigError, match="no variant 'huge'; it has: small, large"):
         read_experiment(str(path), {}, variant="huge")
+
+
+PARENT = """
+[settings]
+num-rounds = 2
+rule = "median()"
+[variants.one]
+[variants.one.arms.x]
+tau = 0.25
+[arms.x]
+label = "X"
+server-lr = 0.5
+[arms.y]
+like = "x"
+rule = "mean()"
+"""
+
+
+def extending(tmp_path, parent, child):
+    (tmp_path / "parent.toml").write_text(parent)
+    (tmp_path / "child.toml").write_text(f'extends = "{tmp_path / "parent.toml"}"\n{child}')
+    return str(tmp_path / "child.toml")
+
+
+def test_an_arm_like_one_that_is_like_another_has_all_of_it(tmp_path):
+    child = extending(tmp_path, PARENT, '[arms.z]\nlike = "y"\nnum-rounds = 3\n')
+    (config,) = read_experiment(child, {}).runs
+    assert (config.server_lr, config.tau, config.rule, config.num_rounds) == (0.5, 0.25, "mean()", 3)
+    wrong = extending(tmp_path, PARENT.replace('like = "x"', 'like = "w"'), '[arms.z]\nlike = "y"\n')
+    with pytest.raises(ConfigError, match=r"parent.toml, arm y: like = 'w' is no arm above it"):
+        read_experiment(wrong, {})
+
+
+@pytest.mark.parametrize("parent", ["", "[settings]\n"])
+@pytest.mark.parametrize("child", ["", "[settings]\n"])
+def test_settings_above_all_tables_are_settings_in_files_that_extend_too(tmp_path, parent, child):
+    parent += 'name = "theirs"\nnum-rounds = 2\nrule = "median()"\n'
+    file = extending(tmp_path, parent, child + "num-rounds = 7\n[arms.z]\n")
+    (config,) = read_experiment(file, {}).runs
+    assert (config.num_rounds, config.rule) == (7, "median()")
+    assert config.name == f"{tmp_path.name}-child/z"
+
+
+def test_a_name_on_the_command_line_merges_no_arms_of_different_files(tmp_path):
+    theirs = f"{tmp_path / 'parent.toml'}:x"
+    child = f'[arms.x]\nrule = "mean()"\n[arms.old]\nrun = "{theirs}"\n[arms.own]\nrun = "x"\n'
+    file = extending(tmp_path, PARENT, child)
+    arms = {arm.label: arm.config for arm in read_experiment(file, {"name": "foo"}).arms}
+    assert {label: (c.name, c.rule) for label, c in arms.items()} == {
+        "x": ("foo-one/x", "mean()"),
+        "old": ("parent-one/x", "median()"),
+        "own": ("foo-one/x", "mean()"),
+    }
+    with pytest.raises(ConfigError, match="arms 'x' and 'old' are different runs of one folder, parent-one/x"):
+        read_experiment(file, {"name": "parent"})

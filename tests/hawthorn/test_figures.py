@@ -410,6 +410,18 @@ def test_every_figure_is_there():
     assert numbers | {"crfl-fig9b", "crfl-draws", "crfl-confidence", "crfl-attack-round"} == set(FIGURES)
 
 
+def test_extra_arms_are_curves_where_they_are_asked_for():
+    def curves(rows, dataset=None):
+        study = read_study("crfl-fig6", {}, dataset=dataset, rows=rows, seeds=[1])
+        return [line.arm for line in study.figure.lines]
+
+    usual = [f"rfa-attackers={number}" for number in (1, 2, 3, 4)]
+    assert curves([]) == usual
+    assert curves(["all"]) == curves(["rfa-to-the-end"]) == [*usual, "rfa-to-the-end"]
+    assert curves([], "loan") == usual[:3]
+    assert curves([usual[3]], "loan") == usual
+
+
 def test_the_papers_settings():
     for name, variant in variants():
         experiment = read_experiment(str(shipped_studies()[name]), {}, variant=variant)

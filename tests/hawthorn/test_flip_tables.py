@@ -283,6 +283,13 @@ def test_rows_of_other_tables_are_those_tables_runs():
     assert paper["multi_krum_single"][1] == 4.18
 
 
+@pytest.mark.parametrize("name", shipped_studies())
+def test_no_two_runs_of_a_table_share_a_folder_whatever_its_name(name):
+    study = read_study(name, {"name": "foo"}, dataset=None, rows=["all"], seeds=[1])
+    runs = {(arm.config.name, arm.config) for arm in study.first.arms if arm.config}
+    assert len({folder for folder, _ in runs}) == len(runs)
+
+
 def test_the_grid_of_combinations_is_readable():
     experiment = read_experiment("flip/combined", {})
     assert len(experiment.points) == 16

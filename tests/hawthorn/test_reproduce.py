@@ -150,6 +150,17 @@ def test_missing_rows_say_why(file, tmp_path):
     assert result_table(study, rows).row_count == 3
 
 
+def test_the_caption_says_after_which_round_every_row_is(file, tmp_path):
+    study = study_of(file, tmp_path, rows=("mean", "krum"))
+    assert "All in %, after round 4, seed 1." in as_markdown(study, read_rows(study))
+    Path(file).write_text(STUDY.replace('label = "Krum"', 'label = "Krum"\nnum-rounds = 6'))
+    study = study_of(file, tmp_path, rows=("mean", "krum"))
+    text = as_markdown(study, read_rows(study))
+    assert "All in %, after each row's last round: 4 (No defence); 6 (Krum), seed 1." in text
+    only = study_of(file, tmp_path, rows=("krum",))
+    assert "All in %, after round 6, seed 1." in as_markdown(only, read_rows(only))
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -183,7 +194,8 @@ def test_every_row_of_the_papers_tables_is_there(name, dataset):
             assert (arm.config.num_rounds, arm.config.server_lr) == (60, 0.1 if arm.label == "no_defence_eta" else 1.0)
         else:
             assert attacked == ([3, 5, 7, 9] if dataset == "cifar10" else [2, 4, 6, 8])
-            assert (arm.config.num_rounds, arm.config.server_lr) == (62, 0.1)
+            last = 63 if dataset == "cifar10" else 62  # 60 rounds after the first attack
+            assert (arm.config.num_rounds, arm.config.server_lr) == (last, 0.1)
             assert "scale_update(factor=100.0)" in arm.config.attack
     assert experiment.start is not None
     assert experiment.start.config is not None

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import math
 import os
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -11,6 +13,8 @@ from certify.gate import BoundMetrics, GateMetrics
 from hawthorn.cli import app
 from hawthorn.experiment import read_experiment
 from hawthorn.preflight import preflight
+from hawthorn.report._style import new_figure
+from hawthorn.reproduce import robustness_results
 from hawthorn.reproduce.robustness import PaperRow, judged, measure_robustness, metrics_of, read_robustness
 from hawthorn.reproduce.robustness_results import as_csv, as_markdown, robustness_table, write_robustness
 from hawthorn.reproduce.study import read_study, shipped_studies
@@ -139,6 +143,34 @@ def test_files_hold_the_figures(folder):
     assert files["png"].read_bytes()[:4] == b"\x89PNG"
 
 
+def test_the_papers_figures_stand_beside_their_own_radii_only(folder, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(robustness_results, "draw_rows", lambda rows, title: drawn.append(rows) or new_figure(1, 1))
+    study, shown, rows = measured(folder)
+    (honest,) = (row for row in rows.values() if row.label == "honest")
+    bounds = honest.found.bounds
+    other = read_study(
+        str(folder / "tiny.toml"), {"runs-dir": str(folder / "runs"), "gate-eps": "0.05,0.07", "gate-attack-eps": 0.2},
+        dataset=None, rows=(), seeds=[1],
+    )  # fmt: skip
+    moved = replace(honest.found, bounds=(bounds[1], replace(bounds[1], eps=0.07)))
+    found = [replace(honest, found=moved)]
+    (line,) = csv.DictReader(as_csv(other, found).splitlines())
+    assert (line["paper_certified_0.05"], line["paper_loss_0.05"]) == ("0.334", "2.72")
+    assert (line["paper_certified_0.07"], line["paper_loss_0.07"]) == ("", "")
+    assert (line["paper_normal"], line["paper_pgd"]) == ("0.9878", "")
+    text = as_markdown(other, found)
+    assert f"| certified 0.05 | {100 * bounds[1].certified_accuracy:.2f} (33.4) |" in text
+    assert f"| certified 0.07 | {100 * bounds[1].certified_accuracy:.2f} |" in text
+    assert f"| PGD | {100 * moved.pgd_accuracy:.2f} |" in text
+    write_robustness(other, shown, found)
+    ((row,),) = drawn
+    assert (row.paper.normal, row.paper.bounds[0]) == (98.78, (33.4, 2.72))
+    assert all(math.isnan(figure) for figure in (row.paper.adversarial, *row.paper.bounds[1]))
+    (usual,) = csv.DictReader(as_csv(study, [honest]).splitlines())
+    assert (usual["paper_certified_0.01"], usual["paper_loss_0.05"], usual["paper_pgd"]) == ("0.914", "2.72", "0.9203")
+
+
 def test_points_are_drawn_too_and_nothing_is_drawn_where_nothing_ran(folder, tmp_path):
     (tmp_path / "tiny.toml").write_text(STUDY.replace('kind = "rows"', 'kind = "points"'))
     for path in (folder, tmp_path):
@@ -239,6 +271,35 @@ def test_all_start_from_one_honest_model_that_never_saw_the_held_out_samples():
     assert len({start.config.name for start in starts.values()}) == 1
     config = starts["cfat-table1"].config
     assert (config.gate, config.attack, config.malicious_ids) == ("", "", ())
+
+
+@pytest.mark.parametrize(("name", "goal"), [("cfat-fig1a", "accuracy"), ("cfat-fig1b", "loss")])
+def test_the_adaptive_attack_knows_the_variants_radii_and_temperature(name, goal):
+    for variant, temperature in (("mnist", 100.0), ("cifar", 25.0)):
+        experiment = read_experiment(str(shipped_studies()[name]), {}, variant=variant)
+        assert len(experiment.runs) == 5
+        for config in experiment.runs:
+            least, *_, greatest = config.gate_radii
+            plan = config.chain("attack")[0].arguments
+            assert plan["goal"] == goal
+            assert (config.gate_temperature, plan.get("temperature", 100.0)) == (temperature, temperature)
+            assert plan["eps_from"] == pytest.approx(least, rel=1e-4)
+            assert plan["eps_to"] == pytest.approx(least if goal == "accuracy" else greatest, rel=1e-4)
+            assert plan["eps_from"] >= least  # what is certified there is certified at the gate's radius
+            assert plan["eps_to"] >= (least if goal == "accuracy" else greatest)
+            assert ("attack_eps" in plan) == (plan["accuracy_share"] > 0)
+            assert plan.get("attack_eps", config.gate_attack_eps) == config.gate_attack_eps
+            assert config.gate_validation + config.gate_certification <= experiment.start.config.root_samples
+
+
+def test_the_last_attack_has_radii_of_the_variant():
+    for name in ("cfat-fig1a", "cfat-fig1b"):
+        greatest = {}
+        for variant in ("mnist", "cifar"):
+            study = read_study(name, {}, dataset=variant, rows=[], seeds=[1])
+            greatest[variant] = max(read_robustness(study).at)
+            assert greatest[variant] == pytest.approx(study.first.runs[0].gate_attack_eps, rel=1e-3)
+        assert greatest["mnist"] > greatest["cifar"]
 
 
 def test_the_samples_held_out_from_pretraining_are_those_the_gates_measure_on():
