@@ -3,8 +3,8 @@
 Certifiers work on it rather than on a module: the same bytes can come from a trained model, from a file or from
 another machine, and the hash of both parts is its identity. Batch normalisation stays as it is, with its running
 statistics among the tensors, so that `vector` is the vector a federation aggregates (`tasks.params.Layout`: what is
-trained first, then the statistics) and noise on it is noise on the model; `folded` merges it into the layer before,
-which changes what a parameter is but not the function. Dropout is the identity: a network is a model in evaluation.
+trained first, then the statistics) and noise on it is noise on the model; bounds merge it into the layer before
+(`zonotope/folding.py`). Dropout is the identity: a network is a model in evaluation.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from certify.layers import CONSTANTS, MAX_ACTIVATIONS, Layer, Shape, read_layers, run, scale_and_shift
+from certify.layers import CONSTANTS, MAX_ACTIVATIONS, Layer, Shape, read_layers, run
 from certify.modules import describe_module
 from certify.precision import exact_arithmetic
 from tasks.errors import CertificationError
@@ -164,44 +164,6 @@ class Network:
             for piece in tensor.detach().reshape(-1).split(HASHED_AT_ONCE):
                 digest.update(piece.cpu().numpy().astype("<f8").tobytes())
         return digest.hexdigest()
-
-    def folded(self) -> "Network":
-        """Return the same function with every batch normalisation merged into the convolution or linear layer before.
-
-        One that follows neither becomes an `affine` layer. Parameters are then other numbers than the model's own.
-        """
-        tensors: dict[str, Tensor] = {}
-        described = _fold(self.layers, self.parts, tensors)
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        layers = read_layers(described, self.input_shape, shapes)
-        return Network(layers, self.input_shape, {name: tensors[name] for name in _order(layers)})
-
-
-def _fold(layers: tuple[Layer, ...], parts: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
-    described: list[dict[str, Any]] = []
-    for layer in layers:
-        spec = layer.describe()
-        before: dict[str, Any] = described[-1] if described else {"kind": None}
-        if layer.kind == "residual":
-            spec = {"kind": "residual", "body": _fold(layer.body, parts, tensors)}
-            spec["shortcut"] = _fold(layer.shortcut, parts, tensors)
-        elif layer.kind == "batch_norm":
-            scale, shift = scale_and_shift(layer, parts, next(iter(parts.values())))
-            base = layer.names["running_mean"].removesuffix("running_mean")
-            if before["kind"] in ("linear", "conv2d"):
-                weight = tensors[before["weight"]]
-                bias = tensors[before["bias"]] * scale if before.get("bias") else 0.0
-                names = {"weight": f"{before['weight']}/{base}folded", "bias": f"{before['weight']}/{base}bias"}
-                tensors[names["weight"]] = weight * scale.view(-1, *(1,) * (weight.ndim - 1))
-                tensors[names["bias"]] = bias + shift
-                before.update(names)
-                continue
-            spec = {"kind": "affine", "scale": f"{base}scale", "shift": f"{base}shift"}
-            tensors[f"{base}scale"], tensors[f"{base}shift"] = scale, shift
-        else:
-            tensors.update({name: parts[name] for name in layer.names.values()})
-        described.append(spec)
-    return described
 
 
 def _order(layers: tuple[Layer, ...]) -> list[str]:

@@ -30,7 +30,7 @@ from certify.crfl.certificates import BrokenAssumption
 from certify.crfl.training_record import TrainingRecord
 from certify.files import recipes
 from certify.files.header import Header, versions
-from certify.files.lines import CertificateFile
+from certify.files.lines import CertificateFile, key_of
 from certify.files.settings import ZonotopeSettings
 from certify.files.subject import Subject, from_header, load_points, load_record
 from certify.layers import run
@@ -41,6 +41,7 @@ from tasks.rng import generator
 _RELATIVE = 1e-9  # what another build may change in a bound made in float64
 _ABSENT = object()
 _MOST_BY_CHANCE = 5  # points whose two votes agree to the last one
+_NUMBERS_OF_DRAWS = ("num_draws", "selection_draws")
 _SINGLE = 1e5  # how much larger the tolerance of float32 is than that of float64, for zonotopes
 OnProgress = Callable[[int, int], None]
 
@@ -111,7 +112,8 @@ def verify(
         return Verdict(tuple(findings), len(file.certificates), 0, (*notes, *record_notes))
     rows = _chosen(file, sample, seed)
     work = _zonotopes if isinstance(file.header.settings, ZonotopeSettings) else _votes
-    found, number = work(file, subject, rows, device, on_progress)
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # the header may say any sigma
+        found, number = work(file, subject, rows, device, on_progress)
     return Verdict(tuple(findings + found), len(file.certificates), number, (*notes, *record_notes))
 
 
@@ -237,20 +239,24 @@ def _votes(
         pairs = [(number, c, known[c.sample]) for number, c in enumerate(file.certificates, start=2)]
         return [f for number, c, again in pairs for f in _compare(file, number, c, again)], len(pairs)
     tell = None if on_progress is None else lambda votes: on_progress(votes.num_draws, settings.num_draws)
-    drawn = recipes.draw(settings, subject, rows, device=device, on_progress=tell) if rows else None
-    place = {row: i for i, row in enumerate(rows)}
     whole: list[tuple[int, Certificate]] = []
+    asked, votes = set(rows), dict[int, tuple[int, Certificate, recipes.Drawn]]()
     for number, certificate in enumerate(file.certificates, start=2):
         stored = _stored_counts(header, certificate, subject.network.num_classes)
         if isinstance(stored, str):
             findings.append(_finding(file, number, certificate, "counts", certificate.counts, stored))
             continue
-        if drawn is not None and certificate.sample in place:
-            own = drawn.at([place[certificate.sample]])
-            findings += _compare_counts(file, number, certificate, stored, own)
         whole.append((number, certificate))
+        # of votes of another number nothing is drawn: that is a finding, and the header may say any number
+        same = all(_alike(certificate.parameters.get(n, 0), getattr(settings, n)) for n in _NUMBERS_OF_DRAWS)
+        if (row := certificate.sample or 0) in asked and same:
+            votes[row] = number, certificate, stored
+    if votes:
+        drawn = recipes.draw(settings, subject, list(votes), device=device, on_progress=tell)
+        for place, (number, certificate, stored) in enumerate(votes.values()):
+            findings += _compare_counts(file, number, certificate, stored, drawn.at([place]))
     findings += _from_counts(file, whole)
-    return findings, len(rows)
+    return findings, len(votes)
 
 
 def _from_counts(file: CertificateFile, whole: Sequence[tuple[int, Certificate]]) -> list[Finding]:
@@ -284,11 +290,15 @@ def _stored_counts(header: Header, certificate: Certificate, num_classes: int) -
     settings = recipes.vote_settings(header)
     if len(certificate.counts) != num_classes:
         return f"votes for {num_classes} classes"
-    chosen = certificate.parameters.get("selection_counts")
+    if sum(certificate.counts) > settings.num_draws:
+        return f"{settings.num_draws} votes at most"
+    chosen: Any = certificate.parameters.get("selection_counts")
     if settings.bound == "two_stage":
         whole = isinstance(chosen, tuple) and len(chosen) == num_classes and all(type(n) is int for n in chosen)
         if not whole:
             return f"selection_counts of {num_classes} classes"
+        if min(chosen) < 0 or sum(chosen) > settings.selection_draws:
+            return f"selection_counts from 0, {settings.selection_draws} at most"
     elif chosen is not None:
         return "no selection_counts"
     counts = np.array([certificate.counts], dtype=np.int64)
@@ -325,30 +335,38 @@ def _zonotopes(
     findings = []
     recomputed = 0
     for number, certificate in enumerate(file.certificates, start=2):
-        findings += _consistent(file, number, certificate)
-        made = again.get((certificate.sample or 0, float(str(certificate.parameters["eps"]))))
+        found = _consistent(file, number, certificate)
+        made = again.get(key_of(file.header, certificate))
         if made is not None:
-            findings += _compare(file, number, certificate, made, slack=_slack(certificate, made))
+            found += _compare(file, number, certificate, made, slack=_slack(certificate, made))
             recomputed += 1
+        findings += dict.fromkeys(found)  # each once
     return findings, recomputed
 
 
 def _consistent(file: CertificateFile, number: int, certificate: Certificate) -> list[Finding]:
-    """Check what follows from a zonotope certificate's own entries."""
+    """Check what follows from a zonotope certificate's own entries and the header."""
+    settings = file.header.settings
+    assert isinstance(settings, ZonotopeSettings)
     p, upper = certificate.parameters, certificate.bounds.get("margin_upper", math.inf)
     clean, tolerance = (value if isinstance(value := p.get(k), float) else None for k in ("clean_margin", "tolerance"))
     sure = clean is not None and tolerance is not None and clean > 0 and 0 <= tolerance < -upper
     label = file.true_label(certificate) if sure else None
-    wanted = {"label": label, "radius": p.get("eps") if sure else 0.0, "closed": True, "level": "input", "unit": "linf"}
-    findings = [
-        _finding(file, number, certificate, name, getattr(certificate, name), value)
-        for name, value in wanted.items()
-        if getattr(certificate, name) != value
-    ]
-    if p.get("checked_label") != file.true_label(certificate):
-        told = p.get("checked_label")
-        findings.append(_finding(file, number, certificate, "checked_label", told, file.true_label(certificate)))
-    return findings
+    wanted: dict[str, Any] = {
+        "label": label, "radius": p.get("eps") if sure else 0.0, "closed": True, "level": "input", "unit": "linf",
+        "method": f"zonotope/{settings.method}", "seed": None,
+    }  # fmt: skip
+    pairs = [(name, getattr(certificate, name), value) for name, value in wanted.items()]
+    pairs.append(("checked_label", p.get("checked_label"), file.true_label(certificate)))
+    pairs.append(("parameter input_range", p.get("input_range"), settings.input_range))
+    pairs.append(("parameter dtype", p.get("dtype"), settings.dtype))
+    if type(unstable := p.get("unstable")) is not int or unstable < 0:
+        pairs.append(("parameter unstable", unstable, "a whole number from 0"))
+    told = {a.name: a for a in certificate.assumptions}
+    assumed = {a.name: a for a in recipes.input_assumptions(settings)}
+    names = sorted(told.keys() | assumed.keys())
+    pairs += [(f"assumption {name}", told.get(name, "missing"), assumed.get(name, "missing")) for name in names]
+    return [_finding(file, number, certificate, *pair) for pair in pairs if not _alike(*pair[1:])]
 
 
 def _compare(
@@ -359,7 +377,7 @@ def _compare(
     findings = []
     for name in sorted(told.keys() | again.keys()):
         one, other = told.get(name, "missing"), again.get(name, "missing")
-        if name == "parameter unstable" and slack:
+        if name == "parameter unstable" and slack and type(one) is type(other):
             continue  # counted on bounds in float32; nothing is claimed of it
         if name == "parameter tolerance" and slack:
             same = _tolerances(one, other)
@@ -402,9 +420,16 @@ def _same(one: Any, other: Any, slack: float) -> bool:
         if not (math.isfinite(one) and math.isfinite(other)):
             return one == other  # an infinity is near nothing
         return abs(one - other) <= max(slack, _RELATIVE * max(abs(one), abs(other)))
-    if isinstance(one, Assumption) and isinstance(other, Assumption):
-        return one == other
-    return type(one) is type(other) and one == other
+    return _alike(one, other)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """True for equal values of the same types, also inside tuples: 1, 1.0 and true are three values."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, tuple):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    return one == other
 
 
 def _finding(

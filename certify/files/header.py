@@ -120,9 +120,9 @@ class Header:
             raise RecordError(f"the first line must be the header of a file of certificates: {error}") from None
         if not isinstance(entries, dict) or entries.get("tool") != TOOL or "points" not in entries:
             raise RecordError("the first line must be the header of a file of certificates, it is something else")
-        if entries.get("schema") != SCHEMA:
+        if type(entries.get("schema")) is not int or entries["schema"] != SCHEMA:
             raise RecordError(f"this version reads files of schema {SCHEMA}, got {entries.get('schema')!r}")
-        if entries.keys() != _ENTRIES or entries["kind"] not in KINDS:
+        if entries.keys() != _ENTRIES or not isinstance(entries["kind"], str) or entries["kind"] not in KINDS:
             missing, unknown = sorted(_ENTRIES - entries.keys()), sorted(entries.keys() - _ENTRIES)
             kind = entries.get("kind")
             raise RecordError(f"the header has other entries: missing {missing}, unknown {unknown}, kind {kind!r}")
@@ -133,7 +133,7 @@ class Header:
                 settings=read_entries(KINDS[entries["kind"]], entries["settings"]),
                 record=None if entries["record"] is None else TrainingRecord.from_json(json.dumps(entries["record"])),
                 record_file=_text(entries["record_file"]),
-                versions=MappingProxyType({str(k): str(v) for k, v in dict(entries["versions"]).items()}),
+                versions=_versions(entries["versions"]),
             )
         except (CertificationError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise RecordError(f"the header contradicts its schema: {error}") from None
@@ -177,6 +177,12 @@ def _text(value: object) -> str | None:
     if value is not None and not isinstance(value, str):
         raise CertificationError(f"record_file must be text or null, got {value!r}")
     return value
+
+
+def _versions(value: object) -> Mapping[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(version, str) for version in value.values()):
+        raise CertificationError(f"versions must be text by name, got {value!r:.80}")
+    return MappingProxyType(value)
 
 
 def _want(holds: bool, message: str) -> None:

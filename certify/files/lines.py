@@ -8,7 +8,9 @@ number. What it cannot see, a number changed for another one, is `certify.verify
 
 import contextlib
 import errno
+import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from certify.record import Certificate
 from tasks.errors import CertificationError, RecordError
 
 Key = tuple[int, float]  # the point's place among the points, and eps where there are several
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # escapes of surrogates: in pairs they are a character, alone they are none
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class CertificateFile:
     @property
     def keys(self) -> set[Key]:
         """Which points (and radii) are there."""
-        return {key_of(certificate) for certificate in self.certificates}
+        return {key_of(self.header, certificate) for certificate in self.certificates}
 
     def true_label(self, certificate: Certificate) -> int:
         """Return the class of a certificate's point in its data set."""
@@ -48,10 +51,13 @@ class CertificateFile:
         return self.header.points.indices[certificate.sample or 0]
 
 
-def key_of(certificate: Certificate) -> Key:
-    """Return what tells a certificate from the others of its file."""
-    eps = certificate.parameters.get("eps", 0.0)
-    return certificate.sample if certificate.sample is not None else -1, eps if isinstance(eps, float) else -1.0
+def key_of(header: Header, certificate: Certificate) -> Key:
+    """Return what tells a certificate from the others of its file: of votes the point, of bounds eps as well.
+
+    `_fits` refuses whatever would be the same eps under another key, such as a whole number.
+    """
+    eps = certificate.parameters.get("eps") if isinstance(header.settings, ZonotopeSettings) else 0.0
+    return certificate.sample if certificate.sample is not None else -1, eps if type(eps) is float else -1.0
 
 
 def read(path: Path, *, cut: bool = False) -> CertificateFile:
@@ -72,7 +78,7 @@ def read(path: Path, *, cut: bool = False) -> CertificateFile:
         with _at(path, number):
             certificate = Certificate.from_json(_text(line))
             _fits(header, certificate)
-            if (key := key_of(certificate)) in seen:
+            if (key := key_of(header, certificate)) in seen:
                 raise RecordError(f"point {key[0]} is there twice")
         seen.add(key)
         certificates.append(certificate)
@@ -90,7 +96,7 @@ class Appender:
 
     def __init__(self, path: Path, header: Header, *, force: bool = False) -> None:
         """Open `path`; one of the same work is taken up where it ended, another is refused unless `force`."""
-        self.path = Path(path)
+        self.path, self._header = Path(path), header
         earlier = None if force else existing(self.path, header)
         if earlier is None:
             write(self.path, header, ())
@@ -106,7 +112,7 @@ class Appender:
             self._file.write(content)
             self._file.flush()
             os.fsync(self._file.fileno())
-        self.done.update(map(key_of, certificates))
+        self.done.update(key_of(self._header, certificate) for certificate in certificates)
 
     def close(self) -> None:
         self._file.close()
@@ -139,8 +145,10 @@ def _fits(header: Header, certificate: Certificate) -> None:
             raise RecordError(f"{name} is {found[:12]}..., the header says {wanted[:12]}...")
     if certificate.sample is None or certificate.sample >= header.num_points:
         raise RecordError(f"sample must be from 0 to {header.num_points - 1}, got {certificate.sample}")
-    if isinstance(header.settings, ZonotopeSettings) and certificate.parameters.get("eps") not in header.settings.eps:
-        raise RecordError(f"eps must be one of {header.settings.eps}, got {certificate.parameters.get('eps')!r}")
+    if not isinstance(header.settings, ZonotopeSettings):
+        return
+    if type(eps := certificate.parameters.get("eps")) is not float or eps not in header.settings.eps:
+        raise RecordError(f"eps must be one of {header.settings.eps}, written as these are, got {eps!r}")
 
 
 @contextlib.contextmanager
@@ -152,7 +160,11 @@ def _at(path: Path, number: int) -> Iterator[None]:
 
 
 def _text(line: bytes) -> str:
-    return line.decode("utf-8")
+    """Return a line as text that can be printed again, also what it escapes."""
+    text = line.decode("utf-8")
+    if _HALF.search(text):
+        json.dumps(json.loads(text), ensure_ascii=False).encode("utf-8")
+    return text
 
 
 def _whole_lines(path: Path) -> bytes | None:

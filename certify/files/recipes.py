@@ -202,7 +202,7 @@ def from_zonotope(
     """Return the certificates of bounds on the points `rows`, whose true labels are `labels`."""
     settings = header.settings
     assert isinstance(settings, ZonotopeSettings)
-    known = _input_assumptions(settings)
+    known = input_assumptions(settings)
     worst, clean = result.margins_upper.amax(1), result.clean_margin
     shared: dict[str, Any] = {
         "level": "input", "method": f"zonotope/{result.method}", "unit": "linf", "closed": True,
@@ -222,7 +222,8 @@ def from_zonotope(
     ]  # fmt: skip
 
 
-def _input_assumptions(settings: ZonotopeSettings) -> tuple[Assumption, ...]:
+def input_assumptions(settings: ZonotopeSettings) -> tuple[Assumption, ...]:
+    """Return what all bounds on inputs of a file take for granted."""
     low, high = settings.input_range
     detail = f"the attacker keeps every number of the input in [{low:g}, {high:g}], as the point itself does"
     return (

@@ -16,6 +16,7 @@ from tasks.errors import CertificationError
 Way = Literal["sampled", "exact", "margin"]
 Bound = Literal["two_stage", "simultaneous", "crfl_top_two"]
 Dtype = Literal["float32", "float64"]
+MAX_DRAWS = 10**7  # the most that `certify.bounds` computes with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,8 @@ class VoteSettings:
         two_stage = sampled and self.bound == "two_stage"
         wanted = "1 or more for two_stage, 0 for the others"
         _want((self.selection_draws >= 1) == two_stage and self.selection_draws >= 0, "selection_draws", wanted, self)
+        for name in ("num_draws", "selection_draws"):
+            _want(getattr(self, name) <= MAX_DRAWS, name, f"{MAX_DRAWS} at most", self)
         _want(self.seed >= 0, "seed", "0 or more", self)
         printed = self.bound == "crfl_top_two"
         _want(not printed or self.interval == "hoeffding", "interval", "hoeffding for the paper's bound", self)

@@ -77,9 +77,13 @@ def from_header(
 ) -> Subject:  # fmt: skip
     """Return the subject of the certificates at `path`, with another model file or architecture where given."""
     place = file or path.parent / header.model.file
-    if not place.exists():
-        raise RecordError(f"the model {place} is not there any more; name it with --model-file")
-    place = place / "model.safetensors" if place.is_dir() else place
+    try:
+        place = place / "model.safetensors" if place.is_dir() else place
+        there = place.is_file()
+    except OSError:  # such as a name that is too long
+        there = False
+    if not there:
+        raise RecordError(f"the model {str(place)!r:.300} is not there any more; name it with --model-file")
     points = header.points
     data = load_points(points.dataset, data_dir)
     if max(points.indices) >= len(data.split(points.split)[1]):
@@ -133,7 +137,11 @@ def load_network(file: Path, architecture: str, input_shape: tuple[int, ...], nu
         arrays = load_file(file)
     except (OSError, SafetensorError) as error:
         raise RecordError(f"{file} holds no model: {error}; wanted the model.safetensors of a run") from None
-    model = build(spec.resolve("model", architecture), input_shape, num_classes, generator(0, "certify")).eval()
+    try:
+        model = build(spec.resolve("model", architecture), input_shape, num_classes, generator(0, "certify")).eval()
+    except (ArithmeticError, MemoryError, RuntimeError, TypeError, ValueError) as error:  # such as of endless width
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RecordError(f"{architecture:.200} cannot be built: {reason:.200}") from None
     layout = Layout.of(model)
     wanted = dict(zip(layout.names, layout.shapes))
     found = {name: tuple(array.shape) for name, array in arrays.items()}

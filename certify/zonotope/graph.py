@@ -14,9 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from certify.layers import Layer, scale_and_shift
+from certify.layers import Layer
 from certify.network import Network
-from certify.zonotope.ops import Conv, Gather, Linear, LinearMap, Reshape, Scale, Shape
+from certify.zonotope.folding import folded, normalised
+from certify.zonotope.ops import Conv, Gather, Linear, LinearMap, Reshape, Shape
 
 Kind = Literal["input", "linear", "sum", "relu"]
 
@@ -49,12 +50,11 @@ class Graph:
 
 def build_graph(network: Network) -> Graph:
     """Return the graph of `network`, batch normalisation folded; differentiable in the network's tensors."""
-    folded = network.folded()
-    parts = folded.tensors()
+    parts = network.tensors()
     like = next(iter(parts.values()), torch.zeros(1))
     builder = _Builder(parts, like)
     builder.nodes.append(Node("input", network.input_shape))
-    builder.layers(folded.layers, 0)
+    builder.layers(network.layers, 0)
     return Graph(tuple(builder.nodes))
 
 
@@ -74,8 +74,15 @@ class _Builder:
             if before.kind == "relu" and after.kind == "max_pool2d":
                 pooled = Layer("relu", after.output_shape, after.output_shape)
                 layers[first], layers[first + 1] = after, pooled
-        for layer in layers:
-            at = self.layer(layer, at)
+        merged = False  # once: a second normalisation is a map of its own
+        for layer, after in itertools.zip_longest(layers, layers[1:]):
+            if merged:
+                merged = False
+            elif layer.kind in ("linear", "conv2d") and after is not None and after.kind == "batch_norm":
+                linear, merged = folded(self.weighted(layer), after, self.parts), True
+                at = self.add("linear", layer.output_shape, (at,), linear)
+            else:
+                at = self.layer(layer, at)
         return at
 
     def layer(self, layer: Layer, at: int) -> int:
@@ -90,11 +97,8 @@ class _Builder:
 
     def linear_map(self, layer: Layer) -> LinearMap:
         options = layer.options
-        if layer.kind == "linear":
-            return Linear(self.parts[layer.names["weight"]], layer.tensor(self.parts, "bias"))
-        if layer.kind == "conv2d":
-            weight, bias = self.parts[layer.names["weight"]], layer.tensor(self.parts, "bias")
-            return Conv(weight, bias, **options, input_shape=layer.input_shape)
+        if layer.kind in ("linear", "conv2d"):
+            return self.weighted(layer)
         if layer.kind == "flatten":
             return Reshape(layer.input_shape, layer.output_shape)
         if layer.kind == "avg_pool2d":
@@ -103,9 +107,13 @@ class _Builder:
             _, height, width = layer.input_shape
             kernel = (height // options["output"][0], width // options["output"][1])
             return self.average(layer.input_shape, kernel, kernel, (0, 0))
-        scale, shift = scale_and_shift(layer, self.parts, self.like)
-        shape = (-1, *(1,) * (len(layer.input_shape) - 1))
-        return Scale(scale.view(shape), shift.view(shape))
+        return normalised(layer, self.parts, self.like)
+
+    def weighted(self, layer: Layer) -> Linear | Conv:
+        weight, bias = self.parts[layer.names["weight"]], layer.tensor(self.parts, "bias")
+        if layer.kind == "linear":
+            return Linear(weight, bias)
+        return Conv(weight, bias, **layer.options, input_shape=layer.input_shape)
 
     def average(
         self, shape: Shape, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]

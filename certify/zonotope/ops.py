@@ -50,11 +50,21 @@ class LinearMap(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
+class Origin:
+    """How large the numbers were that a map's weights were computed from, where they are not the stored ones."""
+
+    bias: Tensor  # [channels]: sum of the magnitudes that the bias is the sum of, before they cancel
+    loose: Tensor  # [channels]: what underflow may be off by, over (2 + largest input) times the smallest normal number
+    roundings: int  # of a weight, at most
+
+
+@dataclass(frozen=True, eq=False)
 class Linear:
     """A fully connected layer."""
 
     weight: Tensor  # [outputs, inputs]
     bias: Tensor | None
+    origin: Origin | None = None
     diagonal = False
 
     def values(self, inputs: Tensor) -> Tensor:
@@ -93,6 +103,7 @@ class Conv:
     dilation: tuple[int, int]
     groups: int
     input_shape: Shape
+    origin: Origin | None = None
     diagonal = False
 
     def values(self, inputs: Tensor) -> Tensor:
@@ -190,6 +201,7 @@ class Scale:
 
     scale: Tensor  # [channels, 1, ...]
     shift: Tensor
+    origin: Origin | None = None
     diagonal = True
 
     def values(self, inputs: Tensor) -> Tensor:

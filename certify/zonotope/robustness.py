@@ -30,7 +30,7 @@ from certify.zonotope.graph import Graph, build_graph
 from certify.zonotope.grids import Grids
 from certify.zonotope.interval import interval_margins
 from certify.zonotope.relaxation import Box, Slopes, check_box, input_box
-from certify.zonotope.rounding import FOLDED, Rounding, rows_with_error
+from certify.zonotope.rounding import Rounding, rows_with_error
 from tasks.errors import CertificationError
 
 Method = Literal["zonotope", "crown", "interval", "best"]
@@ -266,11 +266,9 @@ class _Run:
         return Propagation(graph, box, _SLOPES[self.method], working_set, self.tick, grids=grids)
 
     def roundings(self, box: Box) -> int:
-        """How often a weight was rounded between the stored network and the one that is bounded."""
-        folded = any(layer.kind in ("batch_norm", "residual") for layer in self.network.layers)
+        """How often a weight was rounded between the stored network and the one that is bounded, folding aside."""
         parts = self.network.parts.values()
-        wider = any(part.dtype.itemsize > box.center.dtype.itemsize for part in parts)
-        return FOLDED * folded + wider
+        return int(any(part.dtype.itemsize > box.center.dtype.itemsize for part in parts))
 
     def backward(self, graph: Graph, labels: Tensor, run: Propagation) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
         box, device = run.box, run.box.center.device

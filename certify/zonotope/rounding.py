@@ -16,7 +16,8 @@ gamma_k of itself at most, which is put on top. Large weights that cancel show i
 network can hide a dependence behind rounding: its error is large, its margin is decided again in float64, and is not
 certified if that does not suffice either.
 Assumed: products and sums round to nearest, or flush underflow to 0, and convolutions are sums of products (no
-Winograd or Fourier algorithm, no TF32). Folding a batch normalisation is charged with 8 roundings per weight.
+Winograd or Fourier algorithm, no TF32). Weights that a normalisation was folded into were themselves rounded: they are
+charged with `FOLDED` roundings of the magnitudes that they were computed from, before those cancel (`folding.py`).
 """
 
 import math
@@ -27,10 +28,8 @@ from torch import Tensor
 
 from certify.zonotope.backward import Propagation
 from certify.zonotope.graph import Graph, Node
-from certify.zonotope.ops import Conv, Gather, Linear, LinearMap, Scale
+from certify.zonotope.ops import Conv, Gather, Linear, LinearMap, Origin, Scale
 from certify.zonotope.relaxation import Box
-
-FOLDED = 8  # roundings of a weight that batch normalisation was folded into
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +49,7 @@ class Rounding:
         """Return the rounding of bounds on `box`, computed in its type.
 
         With `run` its intervals limit the magnitudes; without, they multiply up. `roundings`: how many times a weight
-        was rounded on its way from the stored network into `graph`.
+        was rounded on its way from the stored network into `graph`, besides what its `Origin` says.
         """
         facts = torch.finfo(box.center.dtype)
         rounding = Rounding(graph, facts.eps / 2, facts.tiny, [], [], [], [])
@@ -79,16 +78,19 @@ class Rounding:
             self._linear(node, node.map, roundings)
 
     def _linear(self, node: Node, linear: LinearMap, roundings: int) -> None:
-        before = node.parents[0]
-        terms = _terms(linear, node)
-        gamma, bias = self.gamma(terms), _bias(linear)
+        before, origin = node.parents[0], _origin(linear)
+        terms, single = _terms(linear, node), (1,) * len(node.shape)
+        gamma, bias = self.gamma(terms), _bias(linear, node)
+        rounded = (roundings + (0 if origin is None else origin.roundings)) * self.unit
         products = linear.spread(self.magnitudes[before])
-        magnitude = (products + bias) * (1 + 2 * gamma)
-        largest = self.magnitudes[before].flatten(1).amax(1)
+        largest = (self.magnitudes[before] + self.errors[before]).flatten(1).amax(1)
         floor = terms * self.tiny * (2 + largest)
-        magnitude = magnitude + floor.view(-1, *(1,) * len(node.shape))
+        lost = floor.view(-1, *single)  # of one number of the node, by underflow of products and of weights
+        if origin is not None:
+            lost = lost + (self.tiny * (2 + largest)).view(-1, *single) * origin.loose.view(-1, *single[1:])
+        magnitude = (products + bias) * (1 + 2 * gamma + 2 * rounded) + lost
         # twice, of a centre and of a radius; a row's share of the bias is a sum over all numbers of the node
-        charge = 2 * (gamma + roundings * self.unit) * magnitude + self.gamma(node.size + 2) * bias
+        charge = 2 * (gamma + rounded) * magnitude + self.gamma(node.size + 2) * bias + 2 * lost
         error = linear.spread(self.errors[before]) * (1 + 2 * gamma) + charge
         numbers = self.graph.nodes[before].size + node.size
         self._put(node, magnitude, error, charge, 1, numbers * floor)
@@ -170,14 +172,24 @@ def _terms(linear: LinearMap, node: Node) -> int:
         return max(linear.weight.shape) + 2
     if isinstance(linear, Conv):
         outputs, inner, height, width = linear.weight.shape
-        seen = -(-height // linear.stride[0]) * -(-width // linear.stride[1])  # outputs that see one input pixel
-        return max(inner * height * width, outputs * seen) + 2
+        seen = 1  # outputs per channel that see one input pixel, at most
+        for taps, stride, dilation in zip((height, width), linear.stride, linear.dilation, strict=True):
+            period = stride // math.gcd(stride, dilation)  # taps so far apart reach places a multiple of stride apart
+            seen *= -(-taps // period)
+        return max(inner * height * width, outputs // linear.groups * seen) + 2
     return node.size + 2 if isinstance(linear, Gather) else 4
 
 
-def _bias(linear: LinearMap) -> Tensor | float:
-    if isinstance(linear, Linear) and linear.bias is not None:
-        return linear.bias.abs()
-    if isinstance(linear, Conv) and linear.bias is not None:
-        return linear.bias.abs().view(-1, 1, 1)
-    return linear.shift.abs() if isinstance(linear, Scale) else 0.0
+def _origin(linear: LinearMap) -> Origin | None:
+    return linear.origin if isinstance(linear, Linear | Conv | Scale) else None
+
+
+def _bias(linear: LinearMap, node: Node) -> Tensor | float:
+    """Return the magnitude of the bias, or of all that it was computed from."""
+    if (origin := _origin(linear)) is not None:
+        bias = origin.bias
+    elif isinstance(linear, Linear | Conv):
+        bias = linear.bias
+    else:
+        bias = linear.shift if isinstance(linear, Scale) else None
+    return 0.0 if bias is None else bias.abs().view(-1, *(1,) * (len(node.shape) - 1))
