@@ -205,7 +205,13 @@ def _still_good(path: Path, authority: x509.Certificate, names: list[x509.Genera
     """Return whether a certificate is there with its key and all `names`, of this authority and not about to end."""
     if not (path.exists() and path.with_name("key.pem").exists()):
         return False
-    certificate = x509.load_pem_x509_certificate(path.read_bytes())
+    try:
+        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+        key = serialization.load_pem_private_key(path.with_name("key.pem").read_bytes(), None)
+    except (ValueError, TypeError):
+        return False  # what a kill in the middle of writing, or a mishap, has left
+    if key.public_key() != certificate.public_key():
+        return False
     held = set(certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
     left = certificate.not_valid_after_utc - dt.datetime.now(dt.UTC)
     enough = min(RENEW, dt.timedelta(days=days) / 2)

@@ -46,7 +46,7 @@ def run_federation(config: RunConfig, grid: Grid, on_round: OnRound | None = Non
     config.resolve_components()
     torch.set_num_threads(1)  # sums in one order on every engine
     task = load(config)
-    start = read_model(Path(config.from_model), task.layout) if config.from_model else None
+    start = None if config.resume else _start(config, task)
     if config.resume:
         writer, last, vector, memory = RunWriter.resume(config, task.layout)
     else:
@@ -55,7 +55,7 @@ def run_federation(config: RunConfig, grid: Grid, on_round: OnRound | None = Non
     try:
         observers = Observers(config, last + 1)
         if vector is None:
-            vector = task.initial_vector() if start is None else start
+            vector = start if start is not None else _start(config, task)
         federation = Federation(config, task, grid, writer)
         gate = federation.gate
         federation.strategy.memory = memory if gate is None or last == 0 else gate.restore(memory)
@@ -69,6 +69,11 @@ def run_federation(config: RunConfig, grid: Grid, on_round: OnRound | None = Non
         if observers is not None:
             observers.close()
         writer.close()
+
+
+def _start(config: RunConfig, task: Task) -> Tensor:
+    """Return the model ([params]) that the first round starts from."""
+    return read_model(Path(config.from_model), task.layout) if config.from_model else task.initial_vector()
 
 
 class Federation:

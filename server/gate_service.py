@@ -72,5 +72,6 @@ def read_token(path: str) -> str | None:
         return None
     try:
         return auth.check_token(Path(path).expanduser().read_text().strip())
-    except OSError as error:
-        raise ConfigError(f"cannot read gate-token-file {path}: {error.strerror}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "it is no text" if isinstance(error, ValueError) else error.strerror
+        raise ConfigError(f"cannot read gate-token-file {path}: {reason}") from None

@@ -41,15 +41,17 @@ class Observers:
         self.port: int | None = None
         self._followers: list[Callable[[RoundRecord], None]] = []
         self._context = context = RunContext(config.name, first)
-        self._opened.enter_context(json_logs(context) if config.log_format == "json" else contextlib.nullcontext())
-        if config.metrics_port:
-            metrics = RunMetrics(config)
-            self.port = self._serve(metrics.registry, config.metrics_port)
-            self._followers.append(metrics.add)
-        if config.tensorboard:
-            events = EventFiles(config)
-            self._opened.callback(events.close)
-            self._followers.append(events.add)
+        with self._opened:  # closes what was opened if a later part fails
+            self._opened.enter_context(json_logs(context) if config.log_format == "json" else contextlib.nullcontext())
+            if config.metrics_port:
+                metrics = RunMetrics(config)
+                self.port = self._serve(metrics.registry, config.metrics_port)
+                self._followers.append(metrics.add)
+            if config.tensorboard:
+                events = EventFiles(config)
+                self._opened.callback(events.close)
+                self._followers.append(events.add)
+            self._opened = self._opened.pop_all()
 
     def follow(self, on_round: Callable[[RoundRecord], None] | None) -> Callable[[RoundRecord], None]:
         """Return what is to be called after each round: everything here, then `on_round`."""

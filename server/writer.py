@@ -107,6 +107,10 @@ class RunWriter:
         path, rounds = self.folder / "checkpoint.safetensors", self.folder / "rounds.jsonl"
         lines = whole_lines(rounds)
         if not path.exists():
+            if lines:  # every line is written after its checkpoint
+                raise RecordError(
+                    f"{path} is missing, though {len(lines)} rounds are recorded: put it back, or start the run anew"
+                )
             rounds.write_text("")
             return 0, None, {}
         try:

@@ -80,5 +80,6 @@ def _token(file: Path | None) -> str | None:
         return os.environ.get("HAWTHORN_CERTIFY_TOKEN") or None
     try:
         return file.read_text("utf-8").strip()
-    except OSError as error:
-        raise ConfigError(f"cannot read the token file {file}: {error.strerror}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "it is no text" if isinstance(error, ValueError) else error.strerror
+        raise ConfigError(f"cannot read the token file {file}: {reason}") from None

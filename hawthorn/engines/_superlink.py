@@ -34,6 +34,7 @@ from server.record import RoundRecord
 from tasks.errors import ConfigError, EngineError
 
 POLL = 0.1  # seconds between looks at a run
+KNOWN_KEY = "already in use"  # in what a SuperLink says of a key that it has, or has shut out
 LOOPBACK = [
     ("grpc.enable_http_proxy", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -115,15 +116,30 @@ class SuperLink:
         return {n.public_key: (n.node_id, n.status) for n in found if n.status != "unregistered"}
 
     def register(self, keys: Iterable[bytes]) -> int:
-        """Let SuperNodes with these public keys in; return how many were new."""
+        """Let SuperNodes with these public keys in; return how many were new.
+
+        A key that was shut out stays out: the SuperLink takes no key twice, so its client needs a new one.
+        """
+        new = 0
         try:
             known = self.nodes()
-            new = [key for key in keys if key not in known]
-            for key in new:
-                self.stub.RegisterNode(RegisterNodeRequest(public_key=key), timeout=10.0)
+            for key in keys:
+                if key not in known:
+                    new += self._register(key)
         except grpc.RpcError as error:
-            raise EngineError(f"the SuperLink at {self.address} registered no key: {describe(error)}") from error
-        return len(new)
+            raise EngineError(
+                f"the SuperLink at {self.address} registered {new} keys, then none: {describe(error)}"
+            ) from error
+        return new
+
+    def _register(self, key: bytes) -> bool:
+        try:
+            self.stub.RegisterNode(RegisterNodeRequest(public_key=key), timeout=10.0)
+        except grpc.RpcError as error:
+            if KNOWN_KEY in describe(error).lower():
+                return False
+            raise
+        return True
 
     def unregister(self, key: bytes) -> bool:
         """Let a SuperNode with this public key in no longer; return whether it was registered."""

@@ -44,6 +44,7 @@ def run(
         KeyFolder(Path(os.environ.get("HAWTHORN_KEYS", "keys"))).ca,
     )
     rounds = LineTail(config.run_folder / "rounds.jsonl", RoundRecord.from_json)
+    earlier = _written(config)
     try:
         wait_for(superlink, config.startup_timeout)
         left = int(os.environ.get("HAWTHORN_RESTARTS", "3"))
@@ -56,9 +57,18 @@ def run(
             left -= 1
             say(f"the run was cut short ({state.details}); going on from its last finished round")
             wait_for(superlink, config.startup_timeout)
-            inside = inside.replace(resume=(config.run_folder / "run.json").exists())
+            inside = inside.replace(resume=inside.resume or _written(config) not in (None, earlier))
     finally:
         superlink.close()
+
+
+def _written(config: RunConfig) -> tuple[int, int] | None:
+    """Return what tells one writing of the run's header from another, an earlier run's of that name; None without."""
+    try:
+        found = (config.run_folder / "run.json").stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def runs_folder() -> Path:
@@ -123,14 +133,14 @@ def _once(
             try:
                 state, away = superlink.state(run_id), 0.0
             except grpc.RpcError as error:
+                if (code := getattr(error, "code", None)) is not None and code() == grpc.StatusCode.NOT_FOUND:
+                    return RunState("finished", "lost", "the SuperLink was started anew and does not know the run")
                 away = away or time.monotonic()
                 if time.monotonic() - away > config.startup_timeout:
                     raise EngineError(
                         f"lost the SuperLink for {config.startup_timeout:g} s ({describe(error)}); finished rounds are "
                         f"safe: hawthorn run --engine compose --resume {config.run_folder}"
                     ) from error
-            except KeyError:
-                return RunState("finished", "lost", "the SuperLink was started anew and does not know the run")
             else:
                 if state.status == "finished":
                     rounds.read(on_round)

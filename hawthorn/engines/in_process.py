@@ -170,7 +170,7 @@ class InProcessGrid(Grid):
         message = worker.given.popleft()
         try:
             content, error, state = worker.pipe.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # OSError: it died in the middle of a reply
             queue.extend(reversed(worker.given))
             code = self._replace(worker)
             return Message(Error(CLIENT_CRASHED, f"the client's process ended with exit code {code}"), reply_to=message)

@@ -221,6 +221,39 @@ def test_a_run_cut_short_goes_on_by_itself(config, outside, monkeypatch) -> None
     assert any("cut short" in message for message in messages)
 
 
+def test_a_superlink_started_anew_that_does_not_know_the_run_is_asked_again(config, outside, monkeypatch) -> None:
+    class Unknown(grpc.RpcError):
+        def code(self) -> grpc.StatusCode:
+            return grpc.StatusCode.NOT_FOUND
+
+    class Forgetful(FakeSuperLink):
+        def state(self, run_id: int) -> RunState:
+            if run_id == 1:
+                raise Unknown
+            return super().state(run_id)
+
+    fake, messages = Forgetful(outside, []), []
+    with_fake(monkeypatch, fake)
+    compose.run(config.replace(runs_dir=str(outside), startup_timeout=5.0), None, messages.append)
+    assert len(fake.apps) == 2
+    assert any("does not know the run" in message for message in messages)
+
+
+def test_an_earlier_record_of_that_name_is_not_gone_on_with(config, outside, monkeypatch) -> None:
+    """The first submission was lost before it wrote anything: what is there is another run's."""
+    earlier = config.replace(runs_dir=str(outside), rule="median()")
+    RunWriter.create(earlier, load(earlier).layout).close()
+
+    class Slow(FakeSuperLink):
+        def state(self, run_id: int) -> RunState:
+            return self.losses.pop(0) if self.losses else super().state(run_id)
+
+    fake = Slow(outside, [RunState("finished", "failed", "No heartbeat received from the task")])
+    with_fake(monkeypatch, fake)
+    compose.run(config.replace(runs_dir=str(outside)))
+    assert [app["resume"] for app in fake.apps] == [False, False]
+
+
 def test_a_run_that_fails_by_itself_is_not_repeated(config, outside, monkeypatch) -> None:
     fake = FakeSuperLink(outside, [RunState("finished", "failed", "ValueError: no")])
     with_fake(monkeypatch, fake)

@@ -13,6 +13,7 @@ import pytest
 from hawthorn.engines import in_process
 from server.record import read_run
 from tasks.config import RunConfig
+from tasks.errors import ConfigError
 
 TRIGGER = "patch_backdoor(target=0, grid=(1, 1), size=(2, 2), per_batch=0.5)"
 
@@ -102,6 +103,42 @@ def test_a_worker_that_dies_costs_one_reply(config, monkeypatch):
     for r in record.rounds:
         assert r.clients == [0, 1, 2, 4, 5]
         assert r.dropped == {"3": "error 8: the client's process ended with exit code 9"}
+
+
+def test_a_worker_that_dies_in_the_middle_of_its_reply_costs_one_reply(config, monkeypatch):
+    import multiprocessing.connection as connection
+
+    from client import app as client_app
+
+    whole = connection.Connection._send
+
+    def half(pipe, buffer, *rest):
+        os.write(pipe.fileno(), bytes(buffer[:10]))
+        os._exit(9)
+
+    def deadly(settings, me, job):
+        connection.Connection._send = half if me.client == 3 else whole  # in the worker's process alone
+        return client_app.NO_ATTACK
+
+    monkeypatch.setattr(client_app, "current_attack", deadly)
+    record = run(config.replace(workers=2, num_rounds=2))
+    assert record.status == "finished"
+    assert connection.Connection._send is whole
+    for r in record.rounds:
+        assert r.clients == [0, 1, 2, 4, 5]
+        assert "process ended with exit code 9" in r.dropped["3"]
+
+
+def test_resuming_needs_the_model_that_a_run_started_from_no_more(config):
+    run(config.replace(name="start", num_rounds=1, workers=1))
+    model = config.replace(name="start").run_folder / "model.safetensors"
+    begun = config.replace(from_model=str(model), num_rounds=2, workers=1)
+    assert len(run(begun).rounds) == 2
+    model.unlink()
+    assert len(run(begun.replace(num_rounds=3, resume=True)).rounds) == 3
+    with pytest.raises(ConfigError, match="cannot read model"):
+        run(begun)
+    assert len(read_run(begun.run_folder).rounds) == 3
 
 
 def test_large_states_and_contents_never_block_both_sides(config):

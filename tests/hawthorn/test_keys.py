@@ -174,6 +174,22 @@ def test_a_client_that_cannot_work_is_told_before_it_starts(arguments: list[str]
 # -- who is let in ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("damage", ["empty certificate", "another key", "half a key"])
+def test_a_certificate_that_is_none_or_not_of_its_key_is_made_anew(tmp_path: Path, damage: str) -> None:
+    make_keys(tmp_path, clients=1)
+    certificate = next(path for path in tmp_path.glob("*/cert.pem"))
+    key, good = certificate.with_name("key.pem"), certificate.read_bytes()
+    other = next(path for path in tmp_path.glob("*/key.pem") if path != key)
+    if damage == "empty certificate":
+        certificate.write_bytes(b"")
+    else:
+        key.write_bytes(other.read_bytes() if damage == "another key" else key.read_bytes()[:60])
+    made = make_keys(tmp_path, clients=1)
+    assert certificate in made.written
+    assert certificate.read_bytes() not in (b"", good)
+    assert make_keys(tmp_path, clients=1).written == []
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the warm fork server is for Linux")
 def test_a_superlink_lets_in_who_is_registered_and_nobody_else(folder: KeyFolder, tmp_path: Path) -> None:
@@ -220,6 +236,10 @@ def test_a_superlink_lets_in_who_is_registered_and_nobody_else(folder: KeyFolder
         assert "Attempted to register SuperNode with public key" in log
         assert link.unregister(folder.public_bytes(0))
         assert not link.unregister(folder.public_bytes(0))
+        make_keys(folder.path, clients=range(4))
+        assert link.register(folder.public_bytes(client) for client in range(4)) == 2  # 0 stays out, 1 is in
+        assert folder.public_bytes(0) not in link.nodes()
+        assert link.register([folder.public_bytes(0)]) == 0
         link.close()
         if os.environ.get("SHOW_LOGS"):
             print(json.dumps({role: workplace.log_tail(role) for role in (*nodes, "superlink")}, indent=1))

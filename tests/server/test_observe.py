@@ -62,6 +62,22 @@ def test_a_port_that_is_taken_costs_the_metrics_and_not_the_run(config: RunConfi
     observers.close()
 
 
+def test_what_was_opened_is_closed_where_a_part_fails(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def fail(_: RunConfig) -> None:
+        raise ConfigError("no event files here")
+
+    monkeypatch.setattr("server.observe.EventFiles", fail)
+    with pytest.raises(ConfigError, match="no event files"):
+        Observers(config.replace(metrics_port=port, tensorboard=True))
+    again = Observers(config.replace(metrics_port=port))
+    assert again.port == port
+    again.close()
+
+
 def test_every_line_of_a_json_log_has_run_and_round(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     stream, logger = io.StringIO(), logging.getLogger("flwr")
     handler = ConsoleHandler(stream=stream)  # Flower's own, which asks no formatter

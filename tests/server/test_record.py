@@ -93,6 +93,15 @@ def test_resume_before_the_first_round(config):
     assert (last, vector) == (0, None)
 
 
+def test_rounds_without_their_checkpoint_are_not_erased(config):
+    write(config)[0].close()
+    (config.run_folder / "checkpoint.safetensors").unlink()
+    before = (config.run_folder / "rounds.jsonl").read_text()
+    with pytest.raises(RecordError, match=r"checkpoint\.safetensors is missing, though 3 rounds are recorded"):
+        RunWriter.resume(config.replace(resume=True), LAYOUT)
+    assert (config.run_folder / "rounds.jsonl").read_text() == before
+
+
 def test_resume_refuses_another_experiment(config):
     write(config)[0].close()
     with pytest.raises(
