@@ -58,9 +58,13 @@ class RunWriter:
         before = read_run(config.run_folder)
         _check_same(before.config, config)
         writer = RunWriter(config, layout)
-        writer.header = {**read_header(writer.folder), "status": "running", "settings": config.settings()}
-        last, vector, memory = writer._recover()
-        writer.write_header()
+        try:
+            writer.header = {**read_header(writer.folder), "status": "running", "settings": config.settings()}
+            last, vector, memory = writer._recover()
+            writer.write_header()
+        except BaseException:
+            writer.close()
+            raise
         return writer, last, vector, memory
 
     def write_header(self, **changes: Any) -> None:

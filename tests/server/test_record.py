@@ -100,6 +100,7 @@ def test_rounds_without_their_checkpoint_are_not_erased(config):
     with pytest.raises(RecordError, match=r"checkpoint\.safetensors is missing, though 3 rounds are recorded"):
         RunWriter.resume(config.replace(resume=True), LAYOUT)
     assert (config.run_folder / "rounds.jsonl").read_text() == before
+    RunWriter.create(config, LAYOUT).close()  # the folder is free again
 
 
 def test_resume_refuses_another_experiment(config):
